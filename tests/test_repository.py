@@ -1,0 +1,286 @@
+"""The repository keeps its promises: what is generated is in sync, what is written is clean, what is shown is sound."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = ROOT / "neighbor_grpo"
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(path for path in LIBRARY.glob("*.py") if not path.stem.startswith("_"))
+
+# Modules of the larger rungs, which may import what their extras install.
+NEED_EXTRAS = {"scenes", "rewards", "sd3", "flux"}
+# What a plain install does not bring; importing the library must not even try.
+FORBIDDEN = (
+    "diffusers transformers peft accelerate torchvision torchaudio sentencepiece ftfy open_clip hpsv2 "
+    "nbdev fastcore execnb IPython ipywidgets pytest hypothesis"
+).split()
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+MAX_FUNCTION = 40  # lines of code in a function
+MAX_LIBRARY = 2000  # lines of code in the library; it is meant to be read in an hour
+
+
+def run(*command, cwd=ROOT, **environment):
+    "Run a command; fail with everything it printed if it fails."
+    inherited = {name: value for name, value in os.environ.items() if name != "IN_TEST"}
+    process = subprocess.run(command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
+    assert process.returncode == 0, f"{' '.join(map(str, command))}\n{process.stdout}\n{process.stderr}"
+    return process.stdout
+
+
+def copy_of_checkout(folder):
+    "The parts of the checkout that nbdev reads, so that it writes nothing into the original."
+    ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+    for name in ("nbs", "neighbor_grpo"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+    for name in ("settings.ini", "_quarto.yml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"):  # pages link to them
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def tracked_text():
+    "Path and text of everything a reader of the repository can see."
+    try:
+        listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard").splitlines()
+    except (AssertionError, FileNotFoundError):  # an unpacked archive has no history
+        listed = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if path.is_file()]
+        listed = [path for path in listed if not re.search(r"(^|/)(node_modules|_proc|\.[^/]+|[^/]+\.egg-info)/", path)]
+    for name in listed:
+        path = ROOT / name
+        if path.is_file() and path.suffix not in (".png", ".jpg", ".gif", ".pyc"):
+            yield name, path.read_text(encoding="utf-8")
+
+
+# --- generated files ---
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory):
+    "The library as the notebooks export it now."
+    folder = copy_of_checkout(tmp_path_factory.mktemp("export"))
+    for path in (folder / "neighbor_grpo").glob("*.py"):
+        if path.stem != "__init__":
+            path.unlink()
+    run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()", cwd=folder)
+    return folder / "neighbor_grpo"
+
+
+def test_modules_are_what_the_notebooks_export(exported):
+    wanted = {path.name: path.read_bytes() for path in exported.glob("*.py")}
+    present = {path.name: path.read_bytes() for path in LIBRARY.glob("*.py")}
+    assert sorted(present) == sorted(wanted), "modules without notebook, or not exported: run nbdev_export"
+    stale = sorted(name for name in wanted if present[name] != wanted[name])
+    assert not stale, f"run nbdev_export, these differ from their notebooks: {stale}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(notebook):
+    from execnb.nbio import nb2str
+    from nbdev.clean import clean_nb
+
+    written = notebook.read_text(encoding="utf-8")
+    cells = json.loads(written)
+    clean_nb(cells, clean_ids=True)
+    assert nb2str(cells) == written, f"run nbdev_clean --fname nbs/{notebook.name}"
+
+
+def test_readme_is_the_landing_page():
+    import make_readme
+
+    assert make_readme.outdated(ROOT) == [], "run python tools/make_readme.py"
+
+
+def test_readme_shows_the_two_commands():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert "pip install -e . && neighbor-grpo train" in lines
+    assert "pip install -e '.[dev]' && pytest" in lines
+
+
+def test_quarto_configuration_is_shared():
+    assert (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
+
+
+def test_version_is_the_same_everywhere():
+    import neighbor_grpo
+    import pages
+
+    version = pages.settings(ROOT)["version"]
+    assert neighbor_grpo.__version__ == version
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# --- documentation ---
+
+
+@pytest.fixture(scope="session")
+def findings(tmp_path_factory):
+    "Everything the lint finds on the pages, staged once."
+    folder = copy_of_checkout(tmp_path_factory.mktemp("docs"))
+    report = folder / "findings.json"
+    command = [sys.executable, str(ROOT / "tools" / "lint_docs.py"), "--root", str(folder), "--json", str(report)]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert report.exists(), f"staging the documentation failed:\n{process.stdout}\n{process.stderr}"
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def lint_kinds():
+    import lint_docs
+
+    return list(lint_docs.CHECKS)
+
+
+@pytest.mark.parametrize("kind", lint_kinds())
+def test_documentation(kind, findings):
+    import pages
+
+    found = [f"{item['page']}: cell {item['cell']}: {item['what']}" for item in findings if item["kind"] == kind]
+    assert not found, "\n" + "\n".join(found)
+    if kind == "equation" and pages.katex_missing():
+        assert not os.environ.get("CI"), pages.katex_missing()
+        pytest.skip(pages.katex_missing())
+
+
+# --- code ---
+
+
+def test_ruff():
+    run(sys.executable, "-m", "ruff", "check", "--no-cache", "setup.py", "tests", "tools", "nbs")
+
+
+def test_ruff_format():
+    run(sys.executable, "-m", "ruff", "format", "--no-cache", "--check", "setup.py", "tests", "tools")
+
+
+def functions(path):
+    "All functions and methods of a module: `(qualified name, node)`."
+
+    def walk(node, prefix):
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            name = f"{prefix}{child.name}" if named else prefix
+            if named and not isinstance(child, ast.ClassDef):
+                yield name, child
+            yield from walk(child, f"{name}." if named else prefix)
+
+    return walk(ast.parse(path.read_text(encoding="utf-8")), f"{path.stem}.")
+
+
+def code_lines(source, first=1, last=None, docstrings=()):
+    "The numbers of the lines that hold code: neither blank, nor a comment, nor in a docstring."
+    lines = source.splitlines()
+    documented = {number for node in docstrings for number in range(node.lineno, node.end_lineno + 1)}
+    numbers = range(first, (last or len(lines)) + 1)
+    return [
+        n for n in numbers if n not in documented and lines[n - 1].strip() and not lines[n - 1].strip().startswith("#")
+    ]
+
+
+def docstrings(tree):
+    "All docstrings and other bare strings, such as those under the fields of a dataclass."
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(getattr(n.value, "value", None), str)]
+
+
+def library_size():
+    "Lines of code by module."
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in MODULES}
+    return {name: len(code_lines(source, docstrings=docstrings(ast.parse(source)))) for name, source in sources.items()}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_functions_are_short(path):
+    source = path.read_text(encoding="utf-8")
+    lengths = {
+        name: len(code_lines(source, node.lineno, node.end_lineno, docstrings(node))) for name, node in functions(path)
+    }
+    long = {name: length for name, length in lengths.items() if length > MAX_FUNCTION}
+    assert not long, f"functions of more than {MAX_FUNCTION} lines: {long}"
+
+
+def test_library_reads_in_an_hour(record_property):
+    sizes = library_size()
+    total = sum(sizes.values())
+    record_property("library_size", total)
+    print(*(f"{name:14}{lines:6}" for name, lines in sizes.items()), f"{'total':14}{total:6}", sep="\n")
+    core = sum(lines for name, lines in sizes.items() if name not in NEED_EXTRAS)
+    assert core <= MAX_LIBRARY, f"{core} lines of code: {sizes}"
+
+
+BLOCK = """
+import importlib, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {forbidden!r}:
+            raise ImportError(f"{{name}} is not part of the plain install")
+
+sys.meta_path.insert(0, Blocker())
+importlib.import_module({module!r})
+"""
+
+
+@pytest.mark.parametrize("module", ["neighbor_grpo", *(f"neighbor_grpo.{path.stem}" for path in MODULES)])
+def test_module_imports_without_extras(module, tmp_path):
+    if module.rpartition(".")[2] in NEED_EXTRAS:
+        pytest.skip("a module of the larger rungs")
+    run(sys.executable, "-c", BLOCK.format(forbidden=FORBIDDEN, module=module), cwd=tmp_path, PYTHONPATH=str(ROOT))
+
+
+def imported(path):
+    "The top-level names of everything that a module imports, wherever in the file."
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names) - {"neighbor_grpo"}
+
+
+def requirement_names(text):
+    return {re.match(r"[\w.-]+", requirement).group(0).lower() for requirement in text.split()}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_are_declared(path):
+    import pages
+
+    settings = pages.settings(ROOT)
+    declared = requirement_names(settings["requirements"])
+    if path.stem in NEED_EXTRAS:
+        declared |= requirement_names(settings["extra_sd3"] + " " + settings["extra_rewards"])
+    undeclared = {DISTRIBUTIONS.get(name, name).lower() for name in imported(path)} - declared
+    assert not undeclared, f"{path.name} imports what settings.ini does not require: {undeclared}"
+
+
+def test_nothing_requires_torchvision():
+    import pages
+
+    assert not [value for value in pages.settings(ROOT).values() if re.search(r"(?<!never )\btorchvision\b", value)]
+    assert "torchvision" not in {distribution.name for distribution in importlib.metadata.distributions()}
+
+
+# --- what a reader sees ---
+
+
+def test_no_traces_of_a_machine():
+    # Pieced together, so that this file is not its own finding.
+    folders = "|".join(["work", "tmp", "root", "home/[a-z]", "Users/[A-Za-z]"])
+    trace = re.compile(rf"(?<![\w.}})])/({folders})\b/?[\w.-]*|\b(localhost|127\.0\.0\.1):\d+")
+    found = [
+        f"{name}:{number}: {match.group(0)}"
+        for name, content in tracked_text()
+        for number, line in enumerate(content.splitlines(), 1)
+        for match in trace.finditer(line)
+    ]
+    assert not found, "\n" + "\n".join(found)

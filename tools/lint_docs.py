@@ -1,0 +1,477 @@
+"""Stage the documentation as nbdev does before Quarto renders it, and lint the staged pages.
+
+    python tools/lint_docs.py            # prints `page: cell N: what` for every finding; exit status 1 if there is one
+
+Staging runs the import cells and the exported cells of every page, writes what Quarto would read to `_proc/`, and
+stops at a cell that fails. The lint then reads those pages as a visitor would: does every link lead somewhere, has
+every figure a description, can every equation be set, does every page lead on to the next?
+Cells are counted from 0, as they stand in the notebook.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+import pages as text
+
+MAX_OUTPUT = 400_000  # bytes of one output
+MAX_PAGE = 1_500_000  # bytes of all outputs of a page
+PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
+FILE_SUFFIXES = {"html", "ini", "ipynb", "js", "json", "jsonl", "md", "png", "py", "safetensors", "toml", "txt", "yml"}
+PLACEHOLDER = re.compile(r"\b(TODO|FIXME|XXX|TBD)\b|lorem ipsum", re.IGNORECASE)
+HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t]*#*$", re.MULTILINE)
+EXPLICIT_ID = re.compile(r"\{[^}]*?#([\w:.-]+)[^}]*\}|\bid=[\"']([\w:.-]+)[\"']")
+CROSS_REFERENCE = re.compile(r"(?<![\w@])@((?:eq|fig|tbl|sec)-[\w-]+)")
+REFERENCE = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`")
+HTML_LINK = re.compile(r"<a\s[^>]*?href=[\"']([^\"']+)[\"']|<(https?://[^>\s]+)>")
+ARXIV = re.compile(r"/(abs|pdf|html)/\d{4}\.\d{4,5}(v\d+)?(\.pdf)?$")
+
+CHECKS = {}
+
+
+class Finding(NamedTuple):
+    page: str
+    cell: int
+    kind: str
+    what: str
+
+    def __str__(self):
+        return f"{self.page}: cell {self.cell}: {self.what}"
+
+
+def check(function):
+    "Register `function(page, site)`, which yields `(cell, what)`, as a check named after it."
+    CHECKS[function.__name__] = function
+    return function
+
+
+@dataclass
+class Page:
+    "A staged page beside the notebook that it comes from."
+
+    name: str
+    source: list = field(repr=False)  # the cells of the notebook
+    staged: list = field(repr=False)  # the cells of the staged page
+
+    @cached_property
+    def front(self):
+        "The front matter that nbdev made from the title cell."
+        raw = next((cell["source"] for cell in self.staged if cell["cell_type"] == "raw"), "")
+        match = re.match(r"---\s*\n(.*?)\n---", raw, re.DOTALL)
+        return yaml.safe_load(match.group(1)) if match else {}
+
+    @cached_property
+    def cells(self):
+        "`(number in the notebook, staged cell)`; a cell that staging added carries the number of the one before it."
+        number_of, number, cells = {cell.get("id"): i for i, cell in enumerate(self.source)}, 0, []
+        for cell in self.staged:
+            number = number_of.get(cell.get("id"), number)
+            cells.append((number, cell))
+        return cells
+
+    @cached_property
+    def prose(self):
+        "All Markdown that the page shows: `(cell, text)`."
+        found = [(0, f"{self.front.get('title', '')}\n\n{self.front.get('description', '')}")]
+        for number, cell in self.cells:
+            if cell["cell_type"] == "markdown":
+                found.append((number, cell["source"]))
+            for output in cell.get("outputs", []):
+                if "text/markdown" in output["data"]:
+                    found.append((number, output["data"]["text/markdown"]))
+        return found
+
+    @cached_property
+    def anchors(self):
+        "Every id that a link may point to."
+        found, seen = set(), {}
+        for _, markdown in self.prose[1:]:
+            prose = text.blank(markdown, text.FENCE)
+            found.update(a or b for a, b in EXPLICIT_ID.findall(prose))
+            for _, heading in HEADING.findall(prose):
+                name = heading_id(heading)
+                seen[name] = seen.get(name, -1) + 1
+                found.add(f"{name}-{seen[name]}" if seen[name] else name)
+        labels = (text.directives(cell["source"]).get("label") for _, cell in self.cells if cell["cell_type"] == "code")
+        return found | {label for label in labels if label}
+
+    @cached_property
+    def links(self):
+        "All links: `(cell, target, text, is an image)`."
+        found = []
+        for number, markdown in self.prose:
+            prose = text.without_math(text.without_code(markdown))
+            for match in text.LINK.finditer(prose):
+                # Images inside a link are matched as its text.
+                found += [(number, m["target"], m["text"], bool(m["image"])) for m in _nested(match)]
+            found += [(number, a or b, "", False) for a, b in HTML_LINK.findall(prose)]
+        return found
+
+
+def _nested(match):
+    return [match, *text.LINK.finditer(match["text"])]
+
+
+@dataclass
+class Site:
+    "All pages in reading order, and what they may refer to."
+
+    root: Path
+    pages: list
+
+    @cached_property
+    def config(self):
+        return text.settings(self.root)
+
+    @cached_property
+    def by_name(self):
+        "Pages by the names they are linked with: the notebook's and, from outside, the published one."
+        return {page.name: page for page in self.pages}
+
+    @cached_property
+    def by_html(self):
+        return {text.html_name(page.name): page for page in self.pages}
+
+    @cached_property
+    def modules(self):
+        return {path.stem for path in (self.root / self.config["lib_path"]).glob("*.py") if path.stem[0] != "_"}
+
+    def target(self, page, link):
+        "The page that a link leads to, if it is one of ours."
+        path = urlsplit(link.removeprefix(text.site_url(self.config))).path.removeprefix("./")
+        return page if not path else self.by_name.get(path) or self.by_html.get(path)
+
+
+def heading_id(heading):
+    "The id that Pandoc gives a heading."
+    explicit = re.search(r"\{[^}]*#([\w:.-]+)[^}]*\}\s*$", heading)
+    if explicit:
+        return explicit.group(1)
+    plain = re.sub(r"\s*\{[^}]*\}\s*$", "", heading)
+    plain = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", plain)
+    kept = re.sub(r"[^\w\s.-]", "", plain).strip().lower()
+    return re.sub(r"^[^a-z\u00df-\uffff]+", "", re.sub(r"\s+", "-", kept)) or "section"
+
+
+# --- the checks: each yields (cell, what) ---
+
+
+@check
+def title(page, site):
+    "A title, a description, and no prose that nbdev drops together with them."
+    if not page.front.get("title"):
+        yield 0, "no title: start the page with a cell `# Title`"
+    if not page.front.get("description"):
+        yield 0, "no description: write a line `> …` under the title"
+    for number, cell in enumerate(page.source):
+        if cell["cell_type"] == "markdown" and re.match(r"#\s", cell["source"].strip()):
+            lines = [line for line in cell["source"].strip().split("\n")[1:] if line.strip()]
+            lost = [line for line in lines if not re.match(r"^>\s|^-\s+[\w-]+:\s", line)]
+            if lost or sum(line.startswith(">") for line in lines) > 1:
+                yield number, f"staging drops this text from the title cell, give it a cell of its own: {lost or lines}"
+            return
+
+
+@check
+def sidebar(page, site):
+    "Every page is in the sidebar."
+    if page.name not in text.reading_order(site.root):
+        yield 0, "not in the sidebar of _quarto.yml"
+
+
+@check
+def placeholder(page, site):
+    "No notes to oneself."
+    for number, markdown in page.prose:
+        for match in PLACEHOLDER.finditer(text.without_code(markdown)):
+            yield number, f"placeholder {match.group(0)!r}"
+
+
+@check
+def option(page, site):
+    "The `#|` lines are YAML as Quarto reads it, and nbdev keeps them."
+    for number, cell in enumerate(page.source):
+        if cell["cell_type"] != "code":
+            continue
+        lines = [line for line in text.split_options(cell["source"])[0].split("\n") if ":" in line]
+        for line in lines:
+            try:
+                value = yaml.safe_load(line)
+            except yaml.YAMLError:
+                value = None
+            if not isinstance(value, dict):
+                yield number, f"not a YAML option (quote its value): #| {line}"
+            elif any(v is None or isinstance(v, str) and v in ("", "|", ">") for v in value.values()):
+                yield number, f"nbdev keeps only the first line of an option, write its value on it: #| {line}"
+
+
+@check
+def staging(page, site):
+    "Imports in cells of their own, because staging runs every cell that imports."
+    if not any({"export", "exports", "exporti"} & text.directives(cell["source"]).keys() for cell in code_cells(page)):
+        return
+    for number, cell in enumerate(page.source):
+        if cell["cell_type"] == "code" and runs_too_much(cell["source"]):
+            yield number, "imports and other code in one cell: staging would run all of it"
+
+
+def code_cells(page):
+    return [cell for cell in page.source if cell["cell_type"] == "code"]
+
+
+def runs_too_much(source):
+    "Does a cell that is not exported import something and also do something else?"
+    options, code = text.directives(source), text.split_options(source)[1]
+    if {"export", "exports", "exporti", "exec_doc"} & options.keys() or options.get("eval") == "false":
+        return False
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:  # magics
+        return False
+    imports = any(isinstance(node, ast.Import | ast.ImportFrom) for statement in body for node in ast.walk(statement))
+    return imports and any(isinstance(statement, ast.Expr | ast.Assign) for statement in body)
+
+
+@check
+def figure(page, site):
+    "Every figure has a description for those who cannot see it."
+    for number, cell in page.cells:
+        if cell["cell_type"] != "code":
+            continue
+        pictures = sum(any(mime in output["data"] for mime in PICTURES) for output in cell["outputs"])
+        alts = alt_texts(cell["source"])
+        if pictures and len(alts) != pictures and not (len(alts) == 1 and pictures > 1 and "layout" in cell["source"]):
+            yield (
+                number,
+                f'{pictures} figure(s) but {len(alts)} alt text(s): add a line `#| fig-alt: "…"` (a list for several)',
+            )
+        for output in cell["outputs"]:
+            html = output["data"].get("text/html", "")
+            if not pictures and re.search(r"<(img|svg|canvas|video)\b", html) and not has_label(html):
+                yield number, 'an embedded picture without description: wrap it in `<div role="img" aria-label="…">`'
+    for number, target, alt, image in page.links:
+        if image and not alt.strip():
+            yield number, f"image without alt text: {target}"
+
+
+def alt_texts(source):
+    "The non-empty alt texts that a cell declares."
+    line = text.directives(source).get("fig-alt", "")
+    try:
+        value = yaml.safe_load(line) if line else []
+    except yaml.YAMLError:
+        return []  # reported by the check `option`
+    return [alt for alt in (value if isinstance(value, list) else [value]) if str(alt or "").strip()]
+
+
+def has_label(html):
+    return re.search(r"(aria-label|alt)=([\"'])\s*[^\"'\s]", html)
+
+
+@check
+def output(page, site):
+    "No errors, tracebacks or warnings among the stored outputs."
+    for number, cell in page.cells:
+        for out in cell.get("outputs", []):
+            if out["output_type"] == "error":
+                yield number, f"the output is an error: {out.get('ename')}: {out.get('evalue')}"
+            if out.get("name") == "stderr" and re.search(r"Traceback|Warning|Error\b", out["text"]):
+                yield number, f"stderr output: {out['text'].strip()[:200]}"
+
+
+@check
+def size(page, site):
+    "Pages stay light."
+    total = 0
+    for number, cell in page.cells:
+        for out in cell.get("outputs", []):
+            weight = len(json.dumps(out))
+            total += weight
+            if weight > MAX_OUTPUT:
+                yield number, f"an output of {weight / 1000:.0f} KB (limit {MAX_OUTPUT / 1000:.0f} KB)"
+    if total > MAX_PAGE:
+        yield 0, f"{total / 1000:.0f} KB of outputs on the page (limit {MAX_PAGE / 1000:.0f} KB)"
+
+
+@check
+def link(page, site):
+    "Every link and cross-reference leads somewhere."
+    for number, target, _, image in page.links:
+        problem = broken(target, page, site, image)
+        if problem:
+            yield number, f"{problem}: {target}"
+    for number, markdown in page.prose:
+        for name in CROSS_REFERENCE.findall(text.without_math(text.without_code(markdown))):
+            if name not in page.anchors:
+                yield number, f"cross-reference to nothing: @{name}"
+
+
+def broken(target, page, site, image=False):
+    "What is wrong with a link, or None."
+    home, repository = text.site_url(site.config), f"{site.config['git_url']}/blob/{site.config['branch']}/"
+    if target.startswith(repository):
+        path = unquote(urlsplit(target.removeprefix(repository)).path)
+        return None if (site.root / path).exists() else "no such file in the repository"
+    if target == home or target == home.rstrip("/"):
+        return None
+    if re.match(r"[a-z]+:", target) and not target.startswith(home):
+        return malformed(target)
+    destination, fragment = site.target(page, target), urlsplit(target).fragment
+    if destination is None:
+        path = unquote(urlsplit(target).path)
+        return None if path and (site.root / "_proc" / path).is_file() else "link to nothing"
+    if not image and not target.startswith(home) and re.match(r"[^#]+\.html", target):
+        return "link to the notebook instead, Quarto knows its published name"
+    if fragment and unquote(fragment) not in destination.anchors:
+        return f"no heading with this id on {destination.name}"
+    return None
+
+
+def malformed(target):
+    "What is wrong with an external link, or None."
+    parts = urlsplit(target)
+    if parts.scheme == "mailto":
+        return None
+    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.hostname or ""):
+        return "malformed link"
+    if parts.hostname.endswith("arxiv.org") and not ARXIV.search(parts.path):
+        return "not an arXiv identifier"
+    return None
+
+
+@check
+def symbol(page, site):
+    "Every `module.name` of ours exists."
+    for number, markdown in page.prose:
+        for name in REFERENCE.findall(text.blank(markdown, text.FENCE)):
+            parts = name.removeprefix(site.config["lib_name"] + ".").split(".")
+            ours = name.startswith(site.config["lib_name"] + ".") or parts[0] in site.modules
+            if ours and parts[-1] not in FILE_SUFFIXES and not exists(site.config["lib_name"], parts):
+                yield number, f"`{name}` names nothing in the library"
+
+
+def exists(library, parts):
+    "Does `library.parts[0].parts[1]…` name a module, an attribute or a field?"
+    try:
+        thing = importlib.import_module(f"{library}.{parts[0]}")
+    except ModuleNotFoundError:
+        thing, parts = importlib.import_module(library), ["", *parts]
+    for part in parts[1:]:
+        annotated = getattr(thing, "__annotations__", {})
+        if not hasattr(thing, part):
+            return part in annotated and part == parts[-1]
+        thing = getattr(thing, part)
+    return True
+
+
+@check
+def onward(page, site):
+    "The last paragraph of a page leads to the next one."
+    order = [name for name in text.reading_order(site.root) if name in site.by_name]
+    if page.name not in order[:-1]:
+        return
+    following = order[order.index(page.name) + 1]
+    numbers = [number for number, cell in page.cells if cell["cell_type"] == "markdown" and cell["source"].strip()]
+    last = numbers[-1] if numbers else 0
+    if not any(
+        number == last and site.target(page, target) is site.by_name[following] for number, target, *_ in page.links
+    ):
+        yield last, f"the page does not end with a link to the next one, {following}"
+
+
+@check
+def equation(page, site):
+    "Every equation is delimited as Pandoc expects and can be set by KaTeX."
+    found = [(number, item) for number, markdown in page.prose for item in text.equations(markdown)]
+    for number, item in found:
+        if item["display"] and re.search(r"\n\s*\n", item["tex"]):
+            yield number, f"blank line in an equation: {item['tex'].strip()[:60]}"
+    for number, markdown in page.prose:
+        rest = text.without_math(text.without_code(markdown))
+        if re.search(r"(?<!\\)\$", rest):
+            yield number, f"a dollar sign without its partner: {rest[rest.index('$') :][:60]!r}"
+        if r"\begin{" in rest:
+            yield number, "an environment outside of $$"
+    if found and not text.katex_missing():
+        answers = text.render_equations([item for _, item in found])
+        for (number, item), answer in zip(found, answers, strict=True):
+            if "error" in answer:
+                yield number, f"{answer['error']} in ${item['tex'].strip()}$"
+
+
+# --- staging and running ---
+
+
+def stage(root):
+    "Write the pages as Quarto will read them to `root/_proc`; fails on a cell that fails."
+    from nbdev.config import get_config
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+
+    sys.path.insert(0, str(root))
+    os.environ.setdefault("MPLBACKEND", "agg")
+    os.chdir(root)  # nbdev finds its settings from the current folder
+    get_config.cache_clear()
+    refresh_quarto_yml()
+    # One process: with workers, a failing cell would be printed and forgotten.
+    staged = proc_nbs(force=True, n_workers=0)
+    if not list(staged.glob("*.ipynb")):
+        raise RuntimeError(
+            f"nothing was staged: nbdev skips folders whose path has a part that starts with a dot: {root}"
+        )
+    return staged
+
+
+def load(root):
+    "The staged site."
+    root = Path(root)
+    names = sorted(path.name for path in (root / "_proc").glob("*.ipynb"))
+    read = text.read_notebook
+    return Site(
+        root, [Page(name, read(root / "nbs" / name)["cells"], read(root / "_proc" / name)["cells"]) for name in names]
+    )
+
+
+def lint(site):
+    "All findings, page by page."
+    order = text.reading_order(site.root)
+    found = [
+        Finding("_quarto.yml", 0, "sidebar", f"no such page: {name}") for name in order if name not in site.by_name
+    ]
+    for page in sorted(site.pages, key=lambda page: order.index(page.name) if page.name in order else len(order)):
+        for kind, function in CHECKS.items():
+            found += [Finding(page.name, number, kind, what) for number, what in function(page, site)]
+    return found
+
+
+def main():
+    "Command line."
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--root", type=Path, default=text.ROOT, help="the checkout to stage (default: this one)")
+    parser.add_argument("--no-stage", action="store_true", help="lint what is already in _proc/")
+    parser.add_argument("--json", type=Path, help="also write the findings to this file")
+    arguments = parser.parse_args()
+    root = arguments.root.resolve()
+    if not arguments.no_stage:
+        stage(root)
+    found, missing = lint(load(root)), text.katex_missing()
+    if arguments.json:
+        arguments.json.write_text(json.dumps([finding._asdict() for finding in found]), encoding="utf-8")
+    print(*found, sep="\n", end="\n" if found else "")
+    print(f"{len(found)} finding(s)" + (f"; {missing}" if missing else ""))
+    return 1 if found or (missing and os.environ.get("CI")) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
