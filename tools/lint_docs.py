@@ -17,6 +17,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -233,7 +234,8 @@ def code_cells(page):
 def runs_too_much(source):
     "Does a cell that is not exported import something and also do something else?"
     options, code = text.directives(source), text.split_options(source)[1]
-    if {"export", "exports", "exporti", "exec_doc"} & options.keys() or options.get("eval") == "false":
+    never = options.get("eval") == "false" or "nbdev_export()" in code
+    if never or {"export", "exports", "exporti", "exec_doc"} & options.keys():
         return False
     try:
         body = ast.parse(code).body
@@ -419,6 +421,9 @@ def stage(root):
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
 
+    library = text.settings(root)["lib_name"]
+    if not any(entry.name == library for entry in entry_points(group="nbdev")):
+        raise SystemExit("nbdev links symbols of installed projects only: run pip install -e . first")
     sys.path.insert(0, str(root))
     os.environ.setdefault("MPLBACKEND", "agg")
     os.chdir(root)  # nbdev finds its settings from the current folder
