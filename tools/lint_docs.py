@@ -314,7 +314,11 @@ def link(page, site):
         if problem:
             yield number, f"{problem}: {target}"
     for number, markdown in page.prose:
-        for name in CROSS_REFERENCE.findall(text.without_math(text.without_code(markdown))):
+        prose = text.without_math(text.without_code(markdown))
+        rest = text.LINK.sub("", prose)
+        if "](" in rest:
+            yield number, f"malformed link: {rest[max(0, rest.index('](') - 20) :][:60].strip()!r}"
+        for name in CROSS_REFERENCE.findall(prose):
             if name not in page.anchors:
                 yield number, f"cross-reference to nothing: @{name}"
 
@@ -438,14 +442,12 @@ def stage(root):
     return staged
 
 
-def load(root):
-    "The staged site."
-    root = Path(root)
-    names = sorted(path.name for path in (root / "_proc").glob("*.ipynb"))
-    read = text.read_notebook
-    return Site(
-        root, [Page(name, read(root / "nbs" / name)["cells"], read(root / "_proc" / name)["cells"]) for name in names]
-    )
+def load(root, folder="_proc"):
+    "The site as it lies in `folder`."
+    root, read = Path(root), text.read_notebook
+    names = sorted(path.name for path in (root / folder).glob("*.ipynb"))
+    pages = [Page(name, read(root / "nbs" / name)["cells"], read(root / folder / name)["cells"]) for name in names]
+    return Site(root, pages)
 
 
 def lint(site):
@@ -460,6 +462,11 @@ def lint(site):
     return found
 
 
+def malformed_options(site):
+    "What can be said before staging."
+    return [Finding(page.name, number, "option", what) for page in site.pages for number, what in option(page, site)]
+
+
 def main():
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -468,9 +475,12 @@ def main():
     parser.add_argument("--json", type=Path, help="also write the findings to this file")
     arguments = parser.parse_args()
     root = arguments.root.resolve()
-    if not arguments.no_stage:
-        stage(root)
-    found, missing = lint(load(root)), text.katex_missing()
+    # Some malformed options make staging stop with an error that does not name them.
+    found, missing = malformed_options(load(root, "nbs")), text.katex_missing()
+    if not found:
+        if not arguments.no_stage:
+            stage(root)
+        found = lint(load(root))
     if arguments.json:
         arguments.json.write_text(json.dumps([finding._asdict() for finding in found]), encoding="utf-8")
     print(*found, sep="\n", end="\n" if found else "")
