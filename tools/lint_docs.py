@@ -246,6 +246,16 @@ def runs_too_much(source):
 
 
 @check
+def shown(page, site):
+    "The code that a page derives is on the page."
+    for number, cell in enumerate(page.source):
+        if cell["cell_type"] == "code" and "export" in text.directives(cell["source"]):
+            body = ast.parse(text.split_options(cell["source"])[1]).body
+            if any(not isinstance(statement, ast.Import | ast.ImportFrom) for statement in body):
+                yield number, "`#| export` hides code from the page: write `#| exports`, or `#| exporti` for internals"
+
+
+@check
 def figure(page, site):
     "Every figure has a description for those who cannot see it."
     for number, cell in page.cells:

@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import yaml
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 
 import pages as text
 
@@ -37,7 +38,9 @@ def readable(cell, equations):
             output.data["text/markdown"] = set_aside("".join(output.data["text/markdown"]), equations)
     if cell.cell_type == "code":
         options, code = text.directives(cell.source), text.split_options(cell.source)[1]
-        cell.source = "" if options.get("echo") == "false" else code
+        cell.source = code
+        if options.get("echo") == "false":
+            cell.metadata.tags = ["hidden-code"]
 
 
 def set_aside(markdown, equations):
@@ -53,6 +56,7 @@ def set_aside(markdown, equations):
         return f"EQUATION{len(equations) - 1}MARK"
 
     marked = text.CODE_SPAN.sub(keep, text.FENCE.sub(keep, markdown))
+    marked = re.sub(r"(?<=\))\{[^}]*\}", "", marked)  # Quarto's attributes of links
     marked = text.DISPLAY.sub(lambda match: mark(match, True), marked)
     marked = text.INLINE.sub(lambda match: mark(match, False), marked)
     return re.sub(r"\x00(\d+)\x00", lambda match: codes[int(match.group(1))], marked)
@@ -63,10 +67,12 @@ def preview(page, root=text.ROOT):
     notebook, equations = nbformat.read(Path(root) / "_proc" / f"{page}.ipynb", as_version=4), []
     for cell in notebook.cells:
         readable(cell, equations)
-    html, _ = HTMLExporter(mathjax_url="", exclude_input_prompt=True).from_notebook_node(notebook)
+    config = Config(TagRemovePreprocessor={"remove_input_tags": ["hidden-code"]})
+    html, _ = HTMLExporter(config=config, mathjax_url="").from_notebook_node(notebook)
     missing = text.katex_missing()
     answers = [] if missing else text.render_equations(equations)
     rendered = [answer.get("html", answer.get("error")) for answer in answers] or [item["tex"] for item in equations]
+    html = re.sub(r"(id|href)=\"[^\"]*\"", lambda match: match.group(0).replace("MARK", ""), html)
     html = re.sub(r"EQUATION(\d+)MARK", lambda match: rendered[int(match.group(1))], html)
     css = (text.KATEX / "node_modules" / "katex" / "dist" / "katex.min.css").as_uri()
     path = Path(root) / "_docs" / "preview" / f"{page}.html"
