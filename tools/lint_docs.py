@@ -231,15 +231,19 @@ def code_cells(page):
     return [cell for cell in page.source if cell["cell_type"] == "code"]
 
 
+def statements(source):
+    "The syntax trees of the statements in a cell; none if it holds magics."
+    try:
+        return ast.parse(text.split_options(source)[1]).body
+    except SyntaxError:
+        return []
+
+
 def runs_too_much(source):
     "Does a cell that is not exported import something and also do something else?"
-    options, code = text.directives(source), text.split_options(source)[1]
-    never = options.get("eval") == "false" or "nbdev_export()" in code
+    options, body = text.directives(source), statements(source)
+    never = options.get("eval") == "false" or "nbdev_export()" in source
     if never or {"export", "exports", "exporti", "exec_doc"} & options.keys():
-        return False
-    try:
-        body = ast.parse(code).body
-    except SyntaxError:  # magics
         return False
     imports = any(isinstance(node, ast.Import | ast.ImportFrom) for statement in body for node in ast.walk(statement))
     return imports and any(isinstance(statement, ast.Expr | ast.Assign) for statement in body)
@@ -250,8 +254,7 @@ def shown(page, site):
     "The code that a page derives is on the page."
     for number, cell in enumerate(page.source):
         if cell["cell_type"] == "code" and "export" in text.directives(cell["source"]):
-            body = ast.parse(text.split_options(cell["source"])[1]).body
-            if any(not isinstance(statement, ast.Import | ast.ImportFrom) for statement in body):
+            if any(not isinstance(statement, ast.Import | ast.ImportFrom) for statement in statements(cell["source"])):
                 yield number, "`#| export` hides code from the page: write `#| exports`, or `#| exporti` for internals"
 
 
@@ -293,13 +296,25 @@ def has_label(html):
 
 @check
 def output(page, site):
-    "No errors, tracebacks or warnings among the stored outputs."
+    "Outputs are stored, and there are no errors, tracebacks or warnings among them."
+    for number, cell in enumerate(page.source):
+        if cell["cell_type"] == "code" and not cell["outputs"] and prints(cell["source"]):
+            yield number, "this cell prints, but its output is not stored: run the notebook"
     for number, cell in page.cells:
         for out in cell.get("outputs", []):
             if out["output_type"] == "error":
                 yield number, f"the output is an error: {out.get('ename')}: {out.get('evalue')}"
             if out.get("name") == "stderr" and re.search(r"Traceback|Warning|Error\b", out["text"]):
                 yield number, f"stderr output: {out['text'].strip()[:200]}"
+
+
+def prints(source):
+    "Does a cell that runs, and shows what it prints, end in a call of print?"
+    options, body = text.directives(source), statements(source)
+    if "hide" in options or "false" in (options.get("eval"), options.get("output"), options.get("include")):
+        return False
+    last = getattr(body[-1], "value", None) if body else None
+    return getattr(getattr(last, "func", None), "id", "") == "print"
 
 
 @check
