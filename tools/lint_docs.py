@@ -361,7 +361,7 @@ def broken(target, page, site, image=False):
     destination, fragment = site.target(page, target), urlsplit(target).fragment
     if destination is None:
         path = unquote(urlsplit(target).path)
-        return None if path and (site.root / "_proc" / path).is_file() else "link to nothing"
+        return None if path and (site.root / "nbs" / path).is_file() else "link to nothing"
     if not image and not target.startswith(home) and re.match(r"[^#]+\.html", target):
         return "link to the notebook instead, Quarto knows its published name"
     if fragment and unquote(fragment) not in destination.anchors:

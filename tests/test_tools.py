@@ -1,0 +1,171 @@
+"""The checks of the documentation find what they are for, and the README is what the landing page says."""
+
+import shutil
+
+import pytest
+
+import lint_docs
+import make_readme
+import pages
+
+PICTURE = [{"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}]
+FRONT = {"cell_type": "raw", "source": "---\ntitle: Solvers\ndescription: How to follow a flow\n---"}
+TITLE = {"cell_type": "markdown", "id": "t", "source": "# Solvers\n\n> How to follow a flow"}
+ONWARD = {"cell_type": "markdown", "id": "o", "source": "Next: [steps](02_sde.ipynb)."}
+
+
+def prose(source):
+    return {"cell_type": "markdown", "id": "x", "source": source}
+
+
+def code(source, outputs=()):
+    outputs = [{"data": {}, **output} for output in outputs]
+    return {"cell_type": "code", "id": "x", "source": source, "outputs": outputs}
+
+
+def site(*cells, title=TITLE, front=FRONT, last=ONWARD):
+    "A site of two pages, the first of which holds `cells`."
+    page = lint_docs.Page("01_solvers.ipynb", [title, *cells, last], [front, *cells, last])
+    following = lint_docs.Page("02_sde.ipynb", [prose("## A step")], [prose("## A step\n\n## A step\n\n[]{#mark}")])
+    return lint_docs.Site(pages.ROOT, [page, following])
+
+
+def findings(kind, *cells, **parts):
+    built = site(*cells, **parts)
+    return [what for _, what in lint_docs.CHECKS[kind](built.pages[0], built)]
+
+
+SOUND = [
+    prose(
+        "## A heading\n\n$x_t$ costs \\$5, `$HOME`, and\n\n$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$ {#eq-one}"
+    ),
+    prose("See [up](#a-heading), @eq-one, [there](02_sde.ipynb#a-step-1), [mark](./02_sde.ipynb#mark), $f[x](y)$,"),
+    prose("[paper](https://arxiv.org/abs/2511.16955), ![a dot](styles.css), `flow.py`, `torch.nothing`, `[no](link)`."),
+    code('#| fig-alt: "a dot"\n#| echo: false\nplot()', PICTURE),
+    code("#| exports\ndef f():\n    import math"),
+    code("#| export\nimport torch"),
+    code("print(1)", [{"output_type": "stream", "name": "stdout", "text": "1"}]),
+    code("#| hide\nimport nbdev; nbdev.nbdev_export()"),
+]
+
+# (check, a cell that it must find)
+BROKEN = [
+    ("placeholder", prose("TODO: explain")),
+    ("option", code("#| fig-alt: a: b\nplot()")),
+    ("option", code("#| fig-alt:\n#|   - a dot\nplot()")),
+    ("staging", code("import torch\nx = 1")),
+    ("shown", code("#| export\ndef f():\n    return 1")),
+    ("figure", code("plot()", PICTURE)),
+    ("figure", code('#| fig-alt: ""\nplot()', PICTURE)),
+    ("figure", code('#| fig-alt: "one"\nplot()', 2 * PICTURE)),
+    ("figure", code("show()", [{"output_type": "display_data", "data": {"text/html": "<img src='x.png'>"}}])),
+    ("figure", prose("![](styles.css)")),
+    ("output", code("print(1)")),
+    ("output", code("f()", [{"output_type": "error", "ename": "ValueError", "evalue": "no"}])),
+    ("output", code("f()", [{"output_type": "stream", "name": "stderr", "text": "UserWarning: no"}])),
+    ("size", code("f()", [{"output_type": "stream", "name": "stdout", "text": "x" * (lint_docs.MAX_OUTPUT + 1)}])),
+    ("size", code("f()", 5 * [{"output_type": "stream", "name": "stdout", "text": "x" * (lint_docs.MAX_PAGE // 4)}])),
+    ("link", prose("[gone](99_gone.ipynb)")),
+    ("link", prose("[gone](#gone)")),
+    ("link", prose("[gone](02_sde.ipynb#gone)")),
+    ("link", prose("[published name](sde.html)")),
+    ("link", prose("[odd](htp://example.org)")),
+    ("link", prose("[split](https://example.org/a b)")),
+    ("link", prose("[paper](https://arxiv.org/abs/25.16955)")),
+    ("link", prose("[file](https://github.com/neighbor-grpo/neighbor_grpo/blob/main/GONE.md)")),
+    ("link", prose('<a href="gone.html">gone</a>')),
+    ("link", prose("by @eq-gone")),
+    ("symbol", prose("`flow.no_such_function`")),
+    ("symbol", prose("`neighbor_grpo.no_such_module.f()`")),
+    ("onward", prose("[back](00_flow.ipynb)")),
+    ("equation", prose("$\\frac{a}$")),
+    ("equation", prose("$$\na\n\nb\n$$")),
+    ("equation", prose("it costs $5")),
+    ("equation", prose("\\begin{align} a \\end{align}")),
+]
+
+
+@pytest.mark.parametrize("kind", sorted(set(lint_docs.CHECKS) - {"sidebar"}))
+def test_sound_page_has_no_findings(kind):
+    assert findings(kind, *SOUND) == []
+
+
+@pytest.mark.parametrize("kind, cell", BROKEN, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(BROKEN)])
+def test_defect_is_found(kind, cell):
+    if kind == "equation" and "frac" in cell["source"] and pages.katex_missing():
+        pytest.skip(pages.katex_missing())
+    exported = code("#| exports\nx = 1")
+    last = cell if kind == "onward" else ONWARD
+    assert findings(kind, exported, cell, last=last)
+
+
+@pytest.mark.parametrize(
+    "title, front, words",
+    [
+        (prose("Just text"), prose(""), "no title"),
+        (prose("# Title"), {"cell_type": "raw", "source": "---\ntitle: Title\n---"}, "no description"),
+        (prose("# Title\n\n> About\n\nLost."), FRONT, "Lost."),
+        (prose("# Title\n\n> About\n> more"), FRONT, "drops"),
+    ],
+)
+def test_title_cell(title, front, words):
+    assert any(words in what for what in findings("title", title=title, front=front))
+
+
+def test_page_outside_of_the_sidebar_is_found():
+    built = site()
+    stray = lint_docs.Page("98_stray.ipynb", [TITLE], [FRONT])
+    assert list(lint_docs.CHECKS["sidebar"](stray, built))
+    assert not list(lint_docs.CHECKS["sidebar"](built.pages[0], built))
+
+
+@pytest.mark.parametrize(
+    "heading, name",
+    [
+        ("What GRPO needs", "what-grpo-needs"),
+        ("1. Steps, and `euler_step`!", "steps-and-euler_step"),
+        ("With $x_t$ and [a link](a.ipynb)", "with-x_t-and-a-link"),
+        ("Named {#given .class}", "given"),
+        ("NeighborGRPO.rollout", "neighborgrpo.rollout"),
+        ("100 %", "section"),
+    ],
+)
+def test_heading_ids(heading, name):
+    assert lint_docs.heading_id(heading) == name
+
+
+def test_names_and_order():
+    order = pages.reading_order()
+    assert order[0] == "index.ipynb"
+    assert pages.html_name("12_digits.ipynb") == "digits.html"
+    assert order[1:] == sorted(order[1:])
+
+
+@pytest.mark.parametrize(
+    "markdown, readme",
+    [
+        ("[a](12_digits.ipynb)", "[a](nbs/12_digits.ipynb)"),
+        ("[a](./00_flow.ipynb#symbols)", "[a](nbs/00_flow.ipynb)"),
+        ("![dots](images/dots.png){width=50%}", "![dots](nbs/images/dots.png)"),
+        ("[l](https://github.com/neighbor-grpo/neighbor_grpo/blob/main/LICENSE)", "[l](LICENSE)"),
+        ("[paper](https://arxiv.org/abs/2511.16955) [up](#up)", "[paper](https://arxiv.org/abs/2511.16955) [up](#up)"),
+        ("$a_i$ and `$b$`", "$`a_i`$ and `$b$`"),
+        ("$$\na_i\n$$", "```math\na_i\n```"),
+        ("::: {.note}\ntext\n:::", "text\n"),
+        ("## Heading {#id}", "## Heading"),
+        ("```sh\necho $A [x](y) $B\n```", "```sh\necho $A [x](y) $B\n```"),
+    ],
+)
+def test_readme_markdown(markdown, readme):
+    assert make_readme.prose(markdown, pages.ROOT) == readme
+
+
+def test_readme_out_of_date_is_found(tmp_path):
+    for name in ("settings.ini", "README.md"):
+        shutil.copy(pages.ROOT / name, tmp_path)
+    shutil.copytree(pages.ROOT / "nbs", tmp_path / "nbs", symlinks=True)
+    make_readme.write(tmp_path)
+    assert make_readme.outdated(tmp_path) == []
+    with (tmp_path / "README.md").open("a") as readme:
+        readme.write("edited by hand\n")
+    assert make_readme.outdated(tmp_path) == ["README.md"]
