@@ -37,7 +37,7 @@ def findings(kind, *cells, **parts):
 
 SOUND = [
     prose(
-        "## A heading\n\n$x_t$ costs \\$5, `$HOME`, and\n\n$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$ {#eq-one}"
+        "## A heading\n\n$x_t$ costs \\$5, `$HOME`\n\n$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$ {#eq-one}"
     ),
     prose("See [up](#a-heading), @eq-one, [there](02_sde.ipynb#a-step-1), [mark](./02_sde.ipynb#mark), $f[x](y)$,"),
     prose("[paper](https://arxiv.org/abs/2511.16955), ![a dot](styles.css), `flow.py`, `torch.nothing`, `[no](link)`."),
