@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'take', 'Rollout', 'States', 'check_types', 'Algorithm', 'NeighborGRPO', 'SDEGRPO', 'FlowGRPO',
            'DanceGRPO']
 
-# %% ../nbs/09_algorithms.ipynb #3716ca28
+# %% ../nbs/09_algorithms.ipynb #8fc080d0
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .reweighting import quasi_norm
 from .sde import dance_sde, flow_sde, gaussian_log_prob, solve_sde
 from .solvers import Trajectory, euler_step, solve
 
-# %% ../nbs/09_algorithms.ipynb #3ceb6075
+# %% ../nbs/09_algorithms.ipynb #1cdb40ce
 def take(
     cond: object,  # None, a tensor with P rows, or a dict, list or tuple of such
     rows: Tensor,  # (N,) which rows
@@ -38,7 +38,7 @@ def take(
             "None, a tensor, or a dict, list or tuple of tensors")
     return type(cond)(take(v, rows) for v in cond)
 
-# %% ../nbs/09_algorithms.ipynb #4f73690b
+# %% ../nbs/09_algorithms.ipynb #fe5857c5
 @dataclass(frozen=True)
 class Rollout:
     "What the old policy did: every state and velocity of every candidate."
@@ -58,7 +58,7 @@ class Rollout:
         "(P, G, *shape) the states at the end of the grid."
         return self.x[-1]
 
-# %% ../nbs/09_algorithms.ipynb #1142dc7d
+# %% ../nbs/09_algorithms.ipynb #f4aa236b
 @dataclass(frozen=True)
 class States:
     "A batch of trained states, by number: candidate `member` of group `prompt` before solver step `step`."
@@ -83,13 +83,13 @@ class States:
     def split(self, size: int) -> "Iterator[States]":
         "Micro-batches of at most `size` states; 0 means all at once."
         parts = (i.split(size or len(self)) for i in (self.step, self.prompt, self.member))
-        return (States(*part) for part in zip(*parts))
+        return (States(*part) for part in zip(*parts, strict=True))
 
     def of(self, values: Tensor) -> Tensor:
         "`(T or T+1, P, G, *shape) -> (M, *shape)`."
         return values[self.step, self.prompt, self.member]
 
-# %% ../nbs/09_algorithms.ipynb #7bc2d166
+# %% ../nbs/09_algorithms.ipynb #a9a7386f
 def check_types(
     settings: object,  # a dataclass of integers, floats, booleans and `Literal` choices
 ) -> None:
@@ -97,12 +97,13 @@ def check_types(
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if get_origin(hint) is Literal: require(value in get_args(hint), name, value, f"one of {', '.join(get_args(hint))}")
+        choices = get_args(hint)
+        if get_origin(hint) is Literal: require(value in choices, name, value, f"one of {', '.join(choices)}")
         elif hint is bool: require(isinstance(value, bool), name, value, "True or False")
         elif hint is int: require(number and isinstance(value, int), name, value, "an integer")
         else: require(number and math.isfinite(value), name, value, "a finite number")
 
-# %% ../nbs/09_algorithms.ipynb #b5fbe20b
+# %% ../nbs/09_algorithms.ipynb #4e980369
 @dataclass(frozen=True)
 class Algorithm:
     "What all algorithms share. A subclass says how to roll out, which states to train and with what probability."
@@ -115,7 +116,7 @@ class Algorithm:
     clip_range: float = 1e-4
     "c of the two-sided clip of the ratio to [1 - c, 1 + c]."
     kl_weight: float = 0.0
-    "Weight of the penalty that keeps the policy near the reference; needs one evaluation of the reference per trained state."
+    "Weight of the penalty that keeps the policy near the reference; costs one more evaluation per trained state."
     micro_batch: int = 0
     "Trained states that go through the network at once; 0: all. Changes memory, not the result."
 
@@ -184,7 +185,7 @@ class Algorithm:
         "Evaluations without gradient, per sample."
         return self.steps
 
-# %% ../nbs/09_algorithms.ipynb #3daf72fd
+# %% ../nbs/09_algorithms.ipynb #1cc8c7a1
 @dataclass(frozen=True)
 class NeighborGRPO(Algorithm):
     "Neighbor GRPO (arXiv 2511.16955): ODE rollouts of neighbouring noises, a softmax over distances to few anchors."
@@ -201,9 +202,9 @@ class NeighborGRPO(Algorithm):
     temperature: float = 1.0
     "tau of the softmax. Not in the paper."
     reduction: Literal["mean", "sum"] = "mean"
-    "Squared distances are averaged or summed over a sample. The paper's formula sums; its clip range speaks for the mean."
+    "Squared distances are averaged or summed over a sample. The paper's formula sums; small clips speak for the mean."
     old_anchor: Literal["euler", "stored"] = "euler"
-    "Where the old policy leaps from: an Euler step under the old weights, or the solver's stored next state. Unconfirmed."
+    "Where the old policy leaps from: an Euler step under the old weights, or the stored next state. Unconfirmed."
     p: float = 0.8
     "Exponent of the quasi-norm, in (0, 2]."
     rescale: bool = True
@@ -272,7 +273,7 @@ class NeighborGRPO(Algorithm):
         "Evaluations with gradient, per sample, averaged over the group."
         return self.anchors * self.trained_steps / self.group_size
 
-# %% ../nbs/09_algorithms.ipynb #4e750e7a
+# %% ../nbs/09_algorithms.ipynb #a02e3406
 @dataclass(frozen=True)
 class SDEGRPO(Algorithm):
     "What SDE-based algorithms share: Gaussian steps, and each candidate's own density."
@@ -331,7 +332,7 @@ class SDEGRPO(Algorithm):
         "Evaluations with gradient, per sample."
         return float(self.trained_steps)
 
-# %% ../nbs/09_algorithms.ipynb #d6c19f35
+# %% ../nbs/09_algorithms.ipynb #143da903
 @dataclass(frozen=True)
 class FlowGRPO(SDEGRPO):
     "Flow-GRPO (arXiv 2505.05470): noise that grows towards t = 1, independent initial noises."
@@ -351,7 +352,7 @@ class FlowGRPO(SDEGRPO):
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, t_max: Tensor) -> tuple[Tensor, Tensor]:
         return flow_sde(x, v, t, t_next, self.noise_level, t_max)
 
-# %% ../nbs/09_algorithms.ipynb #bbb17bf4
+# %% ../nbs/09_algorithms.ipynb #db11ff79
 @dataclass(frozen=True)
 class DanceGRPO(SDEGRPO):
     "DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained, one noise a group."
@@ -371,5 +372,5 @@ class DanceGRPO(SDEGRPO):
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, t_max: Tensor) -> tuple[Tensor, Tensor]:
         return dance_sde(x, v, t, t_next, self.eta)
 
-# %% ../nbs/09_algorithms.ipynb #3465e76e
+# %% ../nbs/09_algorithms.ipynb #fe7a26ab
 ALGORITHMS = {"neighbor": NeighborGRPO, "flow": FlowGRPO, "dance": DanceGRPO}
