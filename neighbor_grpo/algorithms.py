@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'take', 'Rollout', 'States', 'check_types', 'Algorithm', 'NeighborGRPO', 'SDEGRPO', 'FlowGRPO',
            'DanceGRPO']
 
-# %% ../nbs/09_algorithms.ipynb #8fc080d0
+# %% ../nbs/09_algorithms.ipynb #a8157590
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .reweighting import quasi_norm
 from .sde import dance_sde, flow_sde, gaussian_log_prob, solve_sde
 from .solvers import Trajectory, euler_step, solve
 
-# %% ../nbs/09_algorithms.ipynb #1cdb40ce
+# %% ../nbs/09_algorithms.ipynb #827a77a2
 def take(
     cond: object,  # None, a tensor with P rows, or a dict, list or tuple of such
     rows: Tensor,  # (N,) which rows
@@ -38,7 +38,7 @@ def take(
             "None, a tensor, or a dict, list or tuple of tensors")
     return type(cond)(take(v, rows) for v in cond)
 
-# %% ../nbs/09_algorithms.ipynb #fe5857c5
+# %% ../nbs/09_algorithms.ipynb #b7796279
 @dataclass(frozen=True)
 class Rollout:
     "What the old policy did: every state and velocity of every candidate."
@@ -58,7 +58,7 @@ class Rollout:
         "(P, G, *shape) the states at the end of the grid."
         return self.x[-1]
 
-# %% ../nbs/09_algorithms.ipynb #f4aa236b
+# %% ../nbs/09_algorithms.ipynb #769dc6c1
 @dataclass(frozen=True)
 class States:
     "A batch of trained states, by number: candidate `member` of group `prompt` before solver step `step`."
@@ -89,7 +89,7 @@ class States:
         "`(T or T+1, P, G, *shape) -> (M, *shape)`."
         return values[self.step, self.prompt, self.member]
 
-# %% ../nbs/09_algorithms.ipynb #a9a7386f
+# %% ../nbs/09_algorithms.ipynb #bcdf8993
 def check_types(
     settings: object,  # a dataclass of integers, floats, booleans and `Literal` choices
 ) -> None:
@@ -103,7 +103,7 @@ def check_types(
         elif hint is int: require(number and isinstance(value, int), name, value, "an integer")
         else: require(number and math.isfinite(value), name, value, "a finite number")
 
-# %% ../nbs/09_algorithms.ipynb #4e980369
+# %% ../nbs/09_algorithms.ipynb #7b522530
 @dataclass(frozen=True)
 class Algorithm:
     "What all algorithms share. A subclass says how to roll out, which states to train and with what probability."
@@ -185,7 +185,7 @@ class Algorithm:
         "Evaluations without gradient, per sample."
         return self.steps
 
-# %% ../nbs/09_algorithms.ipynb #1cc8c7a1
+# %% ../nbs/09_algorithms.ipynb #c29b052e
 @dataclass(frozen=True)
 class NeighborGRPO(Algorithm):
     "Neighbor GRPO (arXiv 2511.16955): ODE rollouts of neighbouring noises, a softmax over distances to few anchors."
@@ -273,7 +273,7 @@ class NeighborGRPO(Algorithm):
         "Evaluations with gradient, per sample, averaged over the group."
         return self.anchors * self.trained_steps / self.group_size
 
-# %% ../nbs/09_algorithms.ipynb #a02e3406
+# %% ../nbs/09_algorithms.ipynb #170ee965
 @dataclass(frozen=True)
 class SDEGRPO(Algorithm):
     "What SDE-based algorithms share: Gaussian steps, and each candidate's own density."
@@ -332,7 +332,7 @@ class SDEGRPO(Algorithm):
         "Evaluations with gradient, per sample."
         return float(self.trained_steps)
 
-# %% ../nbs/09_algorithms.ipynb #143da903
+# %% ../nbs/09_algorithms.ipynb #e72b912a
 @dataclass(frozen=True)
 class FlowGRPO(SDEGRPO):
     "Flow-GRPO (arXiv 2505.05470): noise that grows towards t = 1, independent initial noises."
@@ -352,7 +352,7 @@ class FlowGRPO(SDEGRPO):
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, t_max: Tensor) -> tuple[Tensor, Tensor]:
         return flow_sde(x, v, t, t_next, self.noise_level, t_max)
 
-# %% ../nbs/09_algorithms.ipynb #db11ff79
+# %% ../nbs/09_algorithms.ipynb #f755b76c
 @dataclass(frozen=True)
 class DanceGRPO(SDEGRPO):
     "DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained, one noise a group."
@@ -372,5 +372,5 @@ class DanceGRPO(SDEGRPO):
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, t_max: Tensor) -> tuple[Tensor, Tensor]:
         return dance_sde(x, v, t, t_next, self.eta)
 
-# %% ../nbs/09_algorithms.ipynb #fe7a26ab
+# %% ../nbs/09_algorithms.ipynb #54148b60
 ALGORITHMS = {"neighbor": NeighborGRPO, "flow": FlowGRPO, "dance": DanceGRPO}
