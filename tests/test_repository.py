@@ -130,6 +130,8 @@ def test_documentation(tmp_path):
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert report.exists(), f"staging the documentation failed:\n{process.stdout}\n{process.stderr}"
     assert json.loads(report.read_text(encoding="utf-8")) == [], f"\n{process.stdout}"
+    rewritten = (folder / "nbs" / "nbdev.yml").read_bytes()
+    assert rewritten == (ROOT / "nbs" / "nbdev.yml").read_bytes(), "settings.ini changed: run python tools/lint_docs.py"
 
 
 def test_equations_were_checked():
