@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['neighbor_noise']
 
-# %% ../nbs/05_neighbors.ipynb #a0d54673
+# %% ../nbs/05_neighbors.ipynb #663376d0
 import math
 
 from torch import Tensor
 
 from .flow import Generators, randn, require
 
-# %% ../nbs/05_neighbors.ipynb #e9d9768f
+# %% ../nbs/05_neighbors.ipynb #6f7ab085
 def neighbor_noise(
     base: Tensor,  # (P, *shape) one standard normal noise for each group
     group_size: int,  # G >= 1
