@@ -1,0 +1,86 @@
+"""Closed forms and small networks that several tests share."""
+
+import torch
+from torch import nn
+
+
+class GaussianFlow:
+    "Data `N(mean, scale^2)` in each dimension: the one flow whose velocity and trajectories are known exactly."
+
+    def __init__(self, mean=1.0, scale=0.2):
+        self.mean, self.scale = mean, scale
+
+    def spread(self, t):
+        "Standard deviation of x_t."
+        return (((1 - t) * self.scale) ** 2 + t**2) ** 0.5
+
+    def velocity(self, x, t, cond=None):
+        "Derivative of `state` with respect to t."
+        t = torch.as_tensor(t, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        growth = (t - (1 - t) * self.scale**2) / self.spread(t) ** 2
+        return -self.mean + growth * (x - (1 - t) * self.mean)
+
+    def state(self, z, t):
+        "Where the trajectory of the quantile z stands at time t."
+        return (1 - t) * self.mean + self.spread(t) * z
+
+
+class PointwiseVelocity(nn.Module):
+    "A velocity that treats every number alike: the same bits whatever else is in the batch."
+
+    def __init__(self, *scales):
+        super().__init__()
+        self.scales = nn.Parameter(torch.tensor(scales or (0.5, -0.3, 0.2)))
+
+    def forward(self, x, t, cond=None):
+        a, b, c = self.scales
+        t = t.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return a * x.clamp(-1.5, 1.5) + b * t + c
+
+
+class SmallNet(nn.Module):
+    "A velocity for small images in any floating-point format, with an optional shift as its condition."
+
+    def __init__(self, features=12, width=16, dtype=torch.float64):
+        super().__init__()
+        self.inp, self.out = nn.Linear(features + 1, width, dtype=dtype), nn.Linear(width, features, dtype=dtype)
+
+    def forward(self, x, t, cond=None):
+        h = torch.cat([x.flatten(1), t[:, None]], 1).to(self.inp.weight.dtype)
+        v = self.out(torch.tanh(self.inp(h))).view_as(x)
+        return v if cond is None else v + cond.to(v).reshape(-1, *[1] * (x.ndim - 1))
+
+
+class Counted:
+    "Counts the samples that go through a velocity, with and without gradient, and remembers the times it was given."
+
+    def __init__(self, velocity):
+        self.velocity, self.calls, self.plain, self.gradient, self.batches, self.times = velocity, 0, 0, 0, [], []
+
+    def __call__(self, x, t, cond=None):
+        assert t.shape == x.shape[:1]
+        self.calls += 1
+        self.batches.append(len(x))
+        self.times.append(t)
+        if torch.is_grad_enabled():
+            self.gradient += len(x)
+        else:
+            self.plain += len(x)
+        return self.velocity(x, t, cond)
+
+
+def correlation(a, b):
+    "Pearson correlation of all numbers of two tensors."
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
+
+
+def gradients(module):
+    "A copy of the gradients of a module as one vector, zero where there is none."
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters()]
+    ).clone()
+
+
+def weights(module):
+    "A copy of the weights of a module as one vector."
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
