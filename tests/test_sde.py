@@ -118,7 +118,7 @@ def test_log_prob_of_half_precision_is_computed_in_float32():
 
 
 def marginal_errors(step, steps):
-    "Largest errors of mean and standard deviation at t = 0.1 when sampling a Gaussian flow from t = 0.9, without chance."
+    "Errors of mean and standard deviation at t = 0.1 when a Gaussian flow is sampled from t = 0.9 on."
     flow = GaussianFlow(0.7, 0.5)
     ts = torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64).tolist()
     mean, variance = (1 - ts[0]) * flow.mean, flow.spread(ts[0]) ** 2

@@ -101,7 +101,6 @@ def test_straight_lines_are_exact(method):
 
 @given(t_prev=st.floats(0.7, 0.99), t=st.floats(0.3, 0.69), t_next=st.floats(0.01, 0.29))
 def test_dpm2m_is_exact_where_the_estimate_is_linear_in_log_snr(t_prev, t, t_next):
-    # x0_hat = lambda: then x_{t'} = (t'/t) x + t' int e^l l dl with the midpoint rule on the estimate.
     def log_snr(t):
         return math.log((1 - t) / t)
 
