@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_rewards', 'group_advantages', 'combine_rewards', 'clipped_surrogate', 'SurrogateStats']
 
-# %% ../nbs/03_grpo.ipynb #a9bc2817
+# %% ../nbs/03_grpo.ipynb #22e80687
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .flow import require
 
-# %% ../nbs/03_grpo.ipynb #db13ab71
+# %% ../nbs/03_grpo.ipynb #ea9bb152
 def check_rewards(
     rewards: Tensor,  # (P, G)
 ) -> Tensor:  # (P, G) float32 or better
@@ -27,7 +27,7 @@ def check_rewards(
     require(len(bad) == 0, "rewards", f"{bad[:3].tolist()} among {rewards.numel()} values", "finite")
     return rewards
 
-# %% ../nbs/03_grpo.ipynb #e134db95
+# %% ../nbs/03_grpo.ipynb #fbf240a4
 def group_advantages(
     rewards: Tensor,  # (P, G)
     eps: float = 1e-6,  # added to the standard deviation, > 0
@@ -37,7 +37,7 @@ def group_advantages(
     rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero, and stays so
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + eps)
 
-# %% ../nbs/03_grpo.ipynb #196cafd3
+# %% ../nbs/03_grpo.ipynb #9c7f103c
 def combine_rewards(
     rewards: Sequence[Tensor],  # one (P, G) for each reward
     weights: Sequence[float] | None = None,  # one for each reward; None: equal, summing to 1
@@ -48,9 +48,9 @@ def combine_rewards(
     require(len(set(shapes)) == 1, "rewards", f"shapes {shapes}", "at least one, all of one shape (P, G)")
     weights = [1 / len(rewards)] * len(rewards) if weights is None else weights
     require(len(weights) == len(rewards), "weights", f"{len(weights)} weights", f"one for each of {len(rewards)} rewards")
-    return sum(w * (group_advantages(r) if standardise else check_rewards(r)) for w, r in zip(weights, rewards))
+    return sum(w * (group_advantages(r) if standardise else check_rewards(r)) for w, r in zip(weights, rewards, strict=True))
 
-# %% ../nbs/03_grpo.ipynb #2f3257bf
+# %% ../nbs/03_grpo.ipynb #e7a93ac4
 def clipped_surrogate(
     log_prob: Tensor,  # of the current policy
     old_log_prob: Tensor,  # of the policy that collected, no gradient
@@ -62,7 +62,7 @@ def clipped_surrogate(
     ratio = (log_prob - old_log_prob).exp()
     return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
-# %% ../nbs/03_grpo.ipynb #2f83cc7c
+# %% ../nbs/03_grpo.ipynb #8603553d
 @dataclass
 class SurrogateStats:
     "What the surrogate saw during one iteration, for the metrics."
@@ -91,6 +91,6 @@ class SurrogateStats:
 
     def summary(self) -> dict[str, float | None]:
         "`ratio_min`, `ratio_max`, `clip_fraction` and `entropy` (None where the policy has none)."
-        of = lambda values, reduce: reduce(torch.stack(values)).item() if values else None
-        return dict(ratio_min=of(self.low, torch.min), ratio_max=of(self.high, torch.max),
-                    clip_fraction=of(self.clipped, torch.mean), entropy=of(self.entropy, torch.mean))
+        def of(values, reduce): return reduce(torch.stack(values)).item() if values else None
+        return {"ratio_min": of(self.low, torch.min), "ratio_max": of(self.high, torch.max),
+                "clip_fraction": of(self.clipped, torch.mean), "entropy": of(self.entropy, torch.mean)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'flow_sde', 'dance_sde', 'cps', 'gaussian_log_prob', 'solve_sde']
 
-# %% ../nbs/02_sde.ipynb #b7682bdc
+# %% ../nbs/02_sde.ipynb #9897ba2c
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from .flow import Generators, Velocity, denoised, expand_time, implied_noise, randn, require
 from .solvers import Trajectory, check_grid, euler_step
 
-# %% ../nbs/02_sde.ipynb #a7ae94eb
+# %% ../nbs/02_sde.ipynb #ad3d83e5
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, v, t, t_next) -> (mean, std)
 
-# %% ../nbs/02_sde.ipynb #4343c119
+# %% ../nbs/02_sde.ipynb #ebdd1dba
 def flow_sde(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -36,7 +36,7 @@ def flow_sde(
     mean = x * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
     return mean, s * (-dt).sqrt()
 
-# %% ../nbs/02_sde.ipynb #952bc59d
+# %% ../nbs/02_sde.ipynb #0f63b17a
 def dance_sde(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -52,7 +52,7 @@ def dance_sde(
     score = -(x - (1 - t) * x0) / t**2
     return x + v * dt - eta**2 / 2 * score * dt, eta * (-dt).sqrt()
 
-# %% ../nbs/02_sde.ipynb #34b8972c
+# %% ../nbs/02_sde.ipynb #bc682417
 def cps(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -66,7 +66,7 @@ def cps(
     std = t_next * math.sin(noise_level * math.pi / 2)
     return (1 - t_next) * x0 + (t_next**2 - std**2).sqrt() * noise, std
 
-# %% ../nbs/02_sde.ipynb #8d0bfa87
+# %% ../nbs/02_sde.ipynb #19a63db6
 def gaussian_log_prob(
     x: Tensor,  # (N, *shape) where
     mean: Tensor,  # (N, *shape)
@@ -77,7 +77,7 @@ def gaussian_log_prob(
     log_prob = -((x - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
     return log_prob.flatten(1).mean(1)
 
-# %% ../nbs/02_sde.ipynb #aa23cb5b
+# %% ../nbs/02_sde.ipynb #3080627d
 def solve_sde(
     velocity: Velocity,  # velocity(x, t, cond)
     x: Tensor,  # (N, *shape) state at ts[0]
@@ -92,7 +92,7 @@ def solve_sde(
     noisy = [True] * (len(ts) - 1) if noisy is None else list(noisy)
     require(len(noisy) == len(ts) - 1, "noisy", f"{len(noisy)} entries", f"of length {len(ts) - 1}, one a step")
     xs, vs = [x], []
-    for k, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
+    for k, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
         vs.append(velocity(xs[k], t.expand(len(x)), cond))
         if noisy[k]:
             mean, std = step(xs[k], vs[k], t, t_next)
