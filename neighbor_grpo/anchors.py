@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['sample_subsets', 'sample_anchors', 'distance_spread']
 
-# %% ../nbs/07_anchors.ipynb #e6f16505
+# %% ../nbs/07_anchors.ipynb #0fd90386
 import torch
 from torch import Tensor
 
 from .flow import Generators, require
 
-# %% ../nbs/07_anchors.ipynb #cf2730f5
+# %% ../nbs/07_anchors.ipynb #8adac318
 def sample_subsets(
     rows: int,  # number of subsets, >= 1
     total: int,  # drawn from 0 ... total-1
@@ -24,7 +24,7 @@ def sample_subsets(
     require(len(each) == rows, "generator", f"{len(each)} generators", f"one, or a list of {rows}")
     return torch.stack([torch.randperm(total, generator=g)[:count] for g in each])
 
-# %% ../nbs/07_anchors.ipynb #224688d2
+# %% ../nbs/07_anchors.ipynb #9487854b
 def sample_anchors(
     prompts: int,  # P, number of groups
     group_size: int,  # G
@@ -36,7 +36,7 @@ def sample_anchors(
             f"an integer in [1, {group_size}], the group size")
     return sample_subsets(prompts, group_size, anchors, generator)
 
-# %% ../nbs/07_anchors.ipynb #d56b1f2b
+# %% ../nbs/07_anchors.ipynb #9cd097d5
 def distance_spread(
     candidates: Tensor,  # (P, G, *shape), G >= 3
 ) -> Tensor:  # (P,) coefficient of variation; 0 means equidistant

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['quasi_norm']
 
-# %% ../nbs/08_reweighting.ipynb #7f350797
+# %% ../nbs/08_reweighting.ipynb #67bc2101
 import math
 
 from torch import Tensor
 
 from .flow import require
 
-# %% ../nbs/08_reweighting.ipynb #27c2b903
+# %% ../nbs/08_reweighting.ipynb #743c73a3
 def quasi_norm(
     advantages: Tensor,  # (P, G) standardised within each group
     p: float = 0.8,  # exponent in (0, 2]; below 1 it is a quasi-norm
