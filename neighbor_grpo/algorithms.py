@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'take', 'Rollout', 'States', 'check_types', 'Algorithm', 'NeighborGRPO', 'SDEGRPO', 'FlowGRPO',
            'DanceGRPO']
 
-# %% ../nbs/09_algorithms.ipynb #a8157590
+# %% ../nbs/09_algorithms.ipynb #ad790fa2
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .reweighting import quasi_norm
 from .sde import dance_sde, flow_sde, gaussian_log_prob, solve_sde
 from .solvers import Trajectory, euler_step, solve
 
-# %% ../nbs/09_algorithms.ipynb #827a77a2
+# %% ../nbs/09_algorithms.ipynb #1ff53ce9
 def take(
     cond: object,  # None, a tensor with P rows, or a dict, list or tuple of such
     rows: Tensor,  # (N,) which rows
@@ -38,7 +38,7 @@ def take(
             "None, a tensor, or a dict, list or tuple of tensors")
     return type(cond)(take(v, rows) for v in cond)
 
-# %% ../nbs/09_algorithms.ipynb #b7796279
+# %% ../nbs/09_algorithms.ipynb #4f693b38
 @dataclass(frozen=True)
 class Rollout:
     "What the old policy did: every state and velocity of every candidate."
@@ -58,7 +58,7 @@ class Rollout:
         "(P, G, *shape) the states at the end of the grid."
         return self.x[-1]
 
-# %% ../nbs/09_algorithms.ipynb #769dc6c1
+# %% ../nbs/09_algorithms.ipynb #7e97da48
 @dataclass(frozen=True)
 class States:
     "A batch of trained states, by number: candidate `member` of group `prompt` before solver step `step`."
@@ -89,7 +89,7 @@ class States:
         "`(T or T+1, P, G, *shape) -> (M, *shape)`."
         return values[self.step, self.prompt, self.member]
 
-# %% ../nbs/09_algorithms.ipynb #bcdf8993
+# %% ../nbs/09_algorithms.ipynb #c46df0c9
 def check_types(
     settings: object,  # a dataclass of integers, floats, booleans and `Literal` choices
 ) -> None:
@@ -103,7 +103,7 @@ def check_types(
         elif hint is int: require(number and isinstance(value, int), name, value, "an integer")
         else: require(number and math.isfinite(value), name, value, "a finite number")
 
-# %% ../nbs/09_algorithms.ipynb #7b522530
+# %% ../nbs/09_algorithms.ipynb #688dead6
 @dataclass(frozen=True)
 class Algorithm:
     "What all algorithms share. A subclass says how to roll out, which states to train and with what probability."
@@ -185,7 +185,7 @@ class Algorithm:
         "Evaluations without gradient, per sample."
         return self.steps
 
-# %% ../nbs/09_algorithms.ipynb #c29b052e
+# %% ../nbs/09_algorithms.ipynb #fd13bb10
 @dataclass(frozen=True)
 class NeighborGRPO(Algorithm):
     "Neighbor GRPO (arXiv 2511.16955): ODE rollouts of neighbouring noises, a softmax over distances to few anchors."
@@ -221,9 +221,11 @@ class NeighborGRPO(Algorithm):
         require(0 < self.p <= 2, "p", self.p, "in (0, 2]")
 
     def initial_noise(self, noise: Tensor, generator: Generators) -> Tensor:
+        "`(P, *shape) -> (P, G, *shape)`: the neighbours of each noise."
         return neighbor_noise(noise, self.group_size, self.sigma, generator)
 
     def sample(self, velocity: Velocity, x: Tensor, ts: Tensor, cond: object, generator: Generators) -> Trajectory:
+        "Solve the ODE from all starts at once; nothing random is left."
         return solve(velocity, x, ts, cond, self.method)
 
     def advantages(self, rewards: Tensor) -> Tensor:
@@ -246,6 +248,7 @@ class NeighborGRPO(Algorithm):
         return self.leap(rollout, states, euler_step(x, v, rollout.ts[k], rollout.ts[k + 1]))
 
     def old_log_prob(self, rollout: Rollout, states: States) -> Tensor:
+        "(M, G): the same under the collecting policy, as `old_anchor` reads it."
         if self.old_anchor == "euler": return super().old_log_prob(rollout, states)
         return self.leap(rollout, states, states.of(rollout.x[1:]))
 
@@ -255,9 +258,11 @@ class NeighborGRPO(Algorithm):
         return leaping_log_probs(candidates, anchor, self.temperature, self.reduction)
 
     def weigh(self, advantages: Tensor, states: States) -> Tensor:
+        "(M, G): the advantage of each candidate that an anchor may leap to."
         return advantages[states.prompt]
 
     def entropy(self, log_prob: Tensor) -> Tensor:
+        "(M,): log G is uniform, 0 one-hot."
         return leaping_entropy(log_prob.detach())
 
     def divergence(self, rollout: Rollout, states: States, v: Tensor, v_ref: Tensor) -> Tensor:
@@ -266,6 +271,7 @@ class NeighborGRPO(Algorithm):
 
     @property
     def nfe_old(self) -> int:
+        "Evaluations without gradient, per sample: one a step, two for Heun except in its last."
         return 2 * self.steps - 1 if self.method == "heun" else self.steps
 
     @property
@@ -273,7 +279,7 @@ class NeighborGRPO(Algorithm):
         "Evaluations with gradient, per sample, averaged over the group."
         return self.anchors * self.trained_steps / self.group_size
 
-# %% ../nbs/09_algorithms.ipynb #170ee965
+# %% ../nbs/09_algorithms.ipynb #0e2ddd40
 @dataclass(frozen=True)
 class SDEGRPO(Algorithm):
     "What SDE-based algorithms share: Gaussian steps, and each candidate's own density."
@@ -293,10 +299,12 @@ class SDEGRPO(Algorithm):
         require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "> 0")
 
     def initial_noise(self, noise: Tensor, generator: Generators) -> Tensor:
+        "`(P, *shape) -> (P, G, *shape)`: one noise for the group, or independent ones."
         if self.shared_noise: return noise[:, None].expand(-1, self.group_size, *noise.shape[1:])
         return neighbor_noise(noise, self.group_size, 1.0, generator)
 
     def sample(self, velocity: Velocity, x: Tensor, ts: Tensor, cond: object, generator: Generators) -> Trajectory:
+        "Draw every step from its Gaussian, the last one only if asked to."
         noisy = [True] * (self.steps - 1) + [self.noisy_last_step]
         return solve_sde(velocity, x, ts, partial(self.step, t_max=ts[1]), cond, generator, noisy)
 
@@ -320,6 +328,7 @@ class SDEGRPO(Algorithm):
         return gaussian_log_prob(states.of(rollout.x[1:]), *self.gaussian(rollout, states, v))
 
     def weigh(self, advantages: Tensor, states: States) -> Tensor:
+        "(M,): the candidate's own advantage."
         return advantages[states.prompt, states.member]
 
     def divergence(self, rollout: Rollout, states: States, v: Tensor, v_ref: Tensor) -> Tensor:
@@ -332,7 +341,7 @@ class SDEGRPO(Algorithm):
         "Evaluations with gradient, per sample."
         return float(self.trained_steps)
 
-# %% ../nbs/09_algorithms.ipynb #e72b912a
+# %% ../nbs/09_algorithms.ipynb #ba302401
 @dataclass(frozen=True)
 class FlowGRPO(SDEGRPO):
     "Flow-GRPO (arXiv 2505.05470): noise that grows towards t = 1, independent initial noises."
@@ -350,9 +359,10 @@ class FlowGRPO(SDEGRPO):
         require(self.noise_level > 0, "noise_level", self.noise_level, "a finite number > 0")
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, t_max: Tensor) -> tuple[Tensor, Tensor]:
+        "Mean and standard deviation of one noisy step."
         return flow_sde(x, v, t, t_next, self.noise_level, t_max)
 
-# %% ../nbs/09_algorithms.ipynb #f755b76c
+# %% ../nbs/09_algorithms.ipynb #9d6ebe36
 @dataclass(frozen=True)
 class DanceGRPO(SDEGRPO):
     "DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained, one noise a group."
@@ -370,7 +380,8 @@ class DanceGRPO(SDEGRPO):
         require(self.eta > 0, "eta", self.eta, "a finite number > 0")
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, t_max: Tensor) -> tuple[Tensor, Tensor]:
+        "Mean and standard deviation of one noisy step."
         return dance_sde(x, v, t, t_next, self.eta)
 
-# %% ../nbs/09_algorithms.ipynb #54148b60
+# %% ../nbs/09_algorithms.ipynb #5ac7ab42
 ALGORITHMS = {"neighbor": NeighborGRPO, "flow": FlowGRPO, "dance": DanceGRPO}
