@@ -25,6 +25,14 @@ class GaussianFlow:
         return (1 - t) * self.mean + self.spread(t) * z
 
 
+def reverse_sde(x, v, t, t_next, diffusion):
+    "One Euler-Maruyama step of `dx = (v - g^2/2 score) dt + g dw`, with the score from the implied noise."
+    noise = x + (1 - t) * v
+    score = -noise / t
+    drift = v - diffusion**2 / 2 * score
+    return x + drift * (t_next - t), diffusion * (t - t_next) ** 0.5
+
+
 class PointwiseVelocity(nn.Module):
     "A velocity that treats every number alike: the same bits whatever else is in the batch."
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import Counted, GaussianFlow, PointwiseVelocity
+from helpers import Counted, GaussianFlow, PointwiseVelocity, reverse_sde
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal
@@ -21,14 +21,6 @@ STEPS = [flow_sde, dance_sde, cps]
 def states(n=4, shape=(2, 3)):
     "States and velocities in float64."
     return [randn((n, *shape), seeded(k), dtype=torch.float64) for k in range(2)]
-
-
-def reverse_sde(x, v, t, t_next, diffusion):
-    "One Euler-Maruyama step of `dx = (v - g^2/2 score) dt + g dw`, with the score from the implied noise."
-    noise = x + (1 - t) * v
-    score = -noise / t
-    drift = v - diffusion**2 / 2 * score
-    return x + drift * (t_next - t), diffusion * math.sqrt(t - t_next)
 
 
 def assert_same_step(step, expected):
