@@ -7,7 +7,7 @@ __all__ = ['Velocity', 'Generators', 'require', 'seeded', 'randn', 'time_grid', 
            'denoised', 'implied_noise', 'flow_matching_loss', 'TimeEmbedding', 'VelocityMLP', 'train_flow',
            'eight_gaussians']
 
-# %% ../nbs/00_flow.ipynb #77dd2529
+# %% ../nbs/00_flow.ipynb #5a90b031
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
-# %% ../nbs/00_flow.ipynb #c850e529
+# %% ../nbs/00_flow.ipynb #7b2a4690
 Velocity = Callable[[Tensor, Tensor, object], Tensor]  # velocity(x, t, cond) -> dx/dt, the shape of x
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-# %% ../nbs/00_flow.ipynb #daf1bb50
+# %% ../nbs/00_flow.ipynb #9348af13
 def require(
     condition: bool,  # what must hold
     name: str,  # the argument's name
@@ -31,7 +31,7 @@ def require(
     "Raise a `ValueError` that names the argument, its value and what is allowed, unless `condition` holds."
     if not condition: raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
-# %% ../nbs/00_flow.ipynb #34e229a5
+# %% ../nbs/00_flow.ipynb #08fe3b00
 def seeded(
     seed: int,  # the run's seed, >= 0
     *keys: int,  # what the numbers are for: iteration, group, ... each >= 0
@@ -42,7 +42,7 @@ def seeded(
     state = np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
-# %% ../nbs/00_flow.ipynb #c22c3b16
+# %% ../nbs/00_flow.ipynb #59cbe2f3
 def randn(
     shape: Sequence[int],  # shape[0] rows
     generator: Generators = None,  # one for all, or a list: each draws its equal share of the rows
@@ -57,7 +57,7 @@ def randn(
     rows = (shape[0] // len(generator), *shape[1:])
     return torch.cat([torch.randn(*rows, generator=g, dtype=dtype) for g in generator]).to(device)
 
-# %% ../nbs/00_flow.ipynb #1f3fae88
+# %% ../nbs/00_flow.ipynb #0703dee9
 def time_grid(
     steps: int,  # T, number of steps, >= 1
     shift: float = 1.0,  # s > 0; SD3 and FLUX use 3: more steps near the noise
@@ -68,7 +68,7 @@ def time_grid(
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift * t / (1 + (shift - 1) * t)).float()
 
-# %% ../nbs/00_flow.ipynb #a1450563
+# %% ../nbs/00_flow.ipynb #c0cd8b3d
 def expand_time(
     t: float | Tensor,  # one time for all, or (N,)
     x: Tensor,  # (N, *shape), what the time shall multiply
@@ -78,7 +78,7 @@ def expand_time(
     require(t.ndim == 0 or t.shape == x.shape[:1], "t", f"shape {tuple(t.shape)}", f"a number or of shape ({len(x)},)")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
-# %% ../nbs/00_flow.ipynb #0614945d
+# %% ../nbs/00_flow.ipynb #486e3675
 def interpolate(
     x0: Tensor,  # (N, *shape) data
     noise: Tensor,  # (N, *shape) standard normal
@@ -96,7 +96,7 @@ def velocity_target(
     "What the network learns: `v = eps - x_0`."
     return noise - x0
 
-# %% ../nbs/00_flow.ipynb #d1bfaf69
+# %% ../nbs/00_flow.ipynb #96eb454c
 def denoised(
     x: Tensor,  # (N, *shape) state
     v: Tensor,  # (N, *shape) velocity
@@ -114,7 +114,7 @@ def implied_noise(
     "The noise that a straight line along `v` came from: `eps_hat = x + (1 - t) v`."
     return x + (1 - expand_time(t, x)) * v
 
-# %% ../nbs/00_flow.ipynb #87a3ac3a
+# %% ../nbs/00_flow.ipynb #f5ef2351
 def flow_matching_loss(
     velocity: Velocity,  # velocity(x, t, cond)
     x0: Tensor,  # (N, *shape) data
@@ -126,7 +126,7 @@ def flow_matching_loss(
     t = torch.rand(len(x0), generator=generator).to(x0.device)
     return (velocity(interpolate(x0, noise, t), t, cond) - velocity_target(x0, noise)).square().mean()
 
-# %% ../nbs/00_flow.ipynb #a5a93bd5
+# %% ../nbs/00_flow.ipynb #88d1edb6
 class TimeEmbedding(nn.Module):
     "Sines and cosines of `t` at geometrically spaced frequencies, then a small network."
     def __init__(self, width: int,  # of the output
@@ -139,7 +139,7 @@ class TimeEmbedding(nn.Module):
         angles = t[:, None].float() * self.frequencies
         return self.net(torch.cat([angles.sin(), angles.cos()], -1).to(self.net[0].weight.dtype))
 
-# %% ../nbs/00_flow.ipynb #d3b5a55e
+# %% ../nbs/00_flow.ipynb #40fc6214
 class VelocityMLP(nn.Module):
     "A velocity for points: `x` and an embedding of `t` through a few wide layers. Ignores `cond`."
     def __init__(self, dim: int = 2,  # of one point
@@ -156,7 +156,7 @@ class VelocityMLP(nn.Module):
         for layer in self.hidden: h = h + layer(nn.functional.silu(h + e))
         return self.out(nn.functional.silu(h))
 
-# %% ../nbs/00_flow.ipynb #98a98d21
+# %% ../nbs/00_flow.ipynb #32f4a273
 def train_flow(
     network: nn.Module,  # the velocity, trained in place
     batch: Callable[[torch.Generator], tuple[Tensor, object]],  # draws (x0, cond)
@@ -182,7 +182,7 @@ def train_flow(
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return average.module.eval(), losses
 
-# %% ../nbs/00_flow.ipynb #7ef1ab3a
+# %% ../nbs/00_flow.ipynb #8add0bd8
 def eight_gaussians(
     n: int,  # number of points
     generator: torch.Generator | None = None,  # for the choice of the Gaussian and the point

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Trajectory', 'euler_step', 'check_grid', 'dpm2m_step', 'ab2_step', 'solve']
 
-# %% ../nbs/01_solvers.ipynb #8c4bcfb0
+# %% ../nbs/01_solvers.ipynb #bd2a4314
 import math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .flow import Velocity, denoised, expand_time, require
 
-# %% ../nbs/01_solvers.ipynb #91b4cd66
+# %% ../nbs/01_solvers.ipynb #6002cdd6
 @dataclass(frozen=True)
 class Trajectory:
     "All states and velocities of a batch on its way from noise to data."
@@ -27,7 +27,7 @@ class Trajectory:
     nfe: int
     "Velocity evaluations per sample."
 
-# %% ../nbs/01_solvers.ipynb #88583641
+# %% ../nbs/01_solvers.ipynb #ce2e385d
 def euler_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -37,7 +37,7 @@ def euler_step(
     "Follow the tangent: `x + (t_next - t) v`. First order; equals DDIM for rectified flows."
     return x + (expand_time(t_next, x) - expand_time(t, x)) * v
 
-# %% ../nbs/01_solvers.ipynb #5c4aca2d
+# %% ../nbs/01_solvers.ipynb #914d1b2a
 def check_grid(
     ts: Tensor,  # (T+1,)
 ) -> Tensor:  # the same
@@ -47,7 +47,7 @@ def check_grid(
     require(good, "ts", ts.tolist(), "at least two strictly descending times in [0, 1]")
     return ts
 
-# %% ../nbs/01_solvers.ipynb #9a45a53f
+# %% ../nbs/01_solvers.ipynb #c952b70e
 def dpm2m_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -63,7 +63,7 @@ def dpm2m_step(
     x0 = denoised(x, v, t)
     return t_next / t * x + (1 - t_next / t) * (x0 + ratio / 2 * (x0 - x0_prev))
 
-# %% ../nbs/01_solvers.ipynb #b8069ac1
+# %% ../nbs/01_solvers.ipynb #5125bad5
 def ab2_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -76,7 +76,7 @@ def ab2_step(
     slope = (v - v_prev) / (t - t_prev)
     return euler_step(x, v + (t_next - t) / 2 * slope, t, t_next)
 
-# %% ../nbs/01_solvers.ipynb #82d2e53d
+# %% ../nbs/01_solvers.ipynb #106d618f
 METHODS = ("euler", "heun", "dpm++2m", "ab2")
 
 
