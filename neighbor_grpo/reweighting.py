@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['quasi_norm']
 
-# %% ../nbs/08_reweighting.ipynb #67bc2101
+# %% ../nbs/08_reweighting.ipynb #be5737d9
 import math
 
 from torch import Tensor
 
 from .flow import require
 
-# %% ../nbs/08_reweighting.ipynb #743c73a3
+# %% ../nbs/08_reweighting.ipynb #d7f3c215
 def quasi_norm(
     advantages: Tensor,  # (P, G) standardised within each group
     p: float = 0.8,  # exponent in (0, 2]; below 1 it is a quasi-norm
@@ -21,8 +21,7 @@ def quasi_norm(
     "`A_i / (sum_k |A_k|^p)^(1/p)` (arXiv 2511.16955, eq. 11); the factor sqrt(G) is ours."
     require(0 < p <= 2, "p", p, "in (0, 2]")
     require(advantages.ndim == 2, "advantages", f"shape {tuple(advantages.shape)}", "of shape (P, G)")
-    root = math.sqrt(advantages.shape[1])
-    largest = advantages.abs().amax(1, keepdim=True).clamp_min(1)  # keeps the powers in range
-    unit = advantages / largest
-    norm = unit.abs().pow(p).sum(1, keepdim=True).pow(1 / p)
-    return unit / norm.clamp_min(root / largest) * (root if rescale else 1.0)  # the floor: a flat group stays faint
+    largest = advantages.abs().amax(1, keepdim=True).clamp_min(torch.finfo(advantages.dtype).tiny)
+    unit = advantages / largest  # at most 1, which keeps the powers in range
+    norm = unit.abs().pow(p).sum(1, keepdim=True).pow(1 / p).clamp_min(1)  # below 1 for a group of zeros only
+    return unit / norm * (math.sqrt(advantages.shape[1]) if rescale else 1.0)
