@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['squared_distances', 'leaping_log_probs', 'leaping_entropy']
 
-# %% ../nbs/06_leaping.ipynb #ff1bb38c
+# %% ../nbs/06_leaping.ipynb #8b57bcdc
 import math
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .flow import require
 
-# %% ../nbs/06_leaping.ipynb #fd612d54
+# %% ../nbs/06_leaping.ipynb #ae7a0d6d
 def squared_distances(
     candidates: Tensor,  # (M, G, *shape)
     anchor: Tensor,  # (M, *shape)
@@ -28,7 +28,7 @@ def squared_distances(
     square = (candidates.to(wide) - anchor.to(wide)[:, None]).square().flatten(2)
     return square.mean(2) if reduction == "mean" else square.sum(2)
 
-# %% ../nbs/06_leaping.ipynb #a36b3892
+# %% ../nbs/06_leaping.ipynb #a5860984
 def leaping_log_probs(
     candidates: Tensor,  # (M, G, *shape) where the policy may leap to
     anchor: Tensor,  # (M, *shape) where it stands: one Euler step under theta
@@ -39,7 +39,7 @@ def leaping_log_probs(
     require(math.isfinite(temperature) and temperature > 0, "temperature", temperature, "a finite number > 0")
     return (-squared_distances(candidates, anchor, reduction) / temperature).log_softmax(1)
 
-# %% ../nbs/06_leaping.ipynb #51d95b63
+# %% ../nbs/06_leaping.ipynb #3b91a161
 def leaping_entropy(
     log_probs: Tensor,  # (M, G)
 ) -> Tensor:  # (M,) in [0, log G]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['neighbor_noise']
 
-# %% ../nbs/05_neighbors.ipynb #663376d0
+# %% ../nbs/05_neighbors.ipynb #f5e938c4
 import math
 
 from torch import Tensor
 
 from .flow import Generators, randn, require
 
-# %% ../nbs/05_neighbors.ipynb #6f7ab085
+# %% ../nbs/05_neighbors.ipynb #e9c4ede2
 def neighbor_noise(
     base: Tensor,  # (P, *shape) one standard normal noise for each group
     group_size: int,  # G >= 1
