@@ -7,7 +7,7 @@ __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'Task', 'TrainSettings', 'ch
            'average_gradients', 'write_atomically', 'append_row', 'read_rows', 'Checkpoints', 'flat_optimizer',
            'load_optimizer', 'kept', 'run_config', 'check_config', 'open_run', 'Trainer', 'plot_run']
 
-# %% ../nbs/10_training.ipynb #f0bf1ac6
+# %% ../nbs/10_training.ipynb #a8f54f9a
 import copy
 import json
 import math
@@ -34,7 +34,7 @@ from .algorithms import Algorithm, Rollout
 from .flow import Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards
 
-# %% ../nbs/10_training.ipynb #cc170c81
+# %% ../nbs/10_training.ipynb #d006282e
 class Task(Protocol):
     "What the loop needs to know: a policy, prompts, a reward, and a held-out judgement."
     policy: nn.Module
@@ -53,7 +53,7 @@ class Task(Protocol):
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
         "Held-out figures under fixed noise; `reward` is one of them."
 
-# %% ../nbs/10_training.ipynb #621f484c
+# %% ../nbs/10_training.ipynb #3fdd83b4
 @dataclass(frozen=True)
 class TrainSettings:
     "How long, how fast and how often. What is trained is the task's, how it is credited the algorithm's."
@@ -92,7 +92,7 @@ class TrainSettings:
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         require(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
 
-# %% ../nbs/10_training.ipynb #2980fc43
+# %% ../nbs/10_training.ipynb #fb542aae
 PROMPT_KEY, GROUP_KEY, GLOBAL_KEY = 1, 2, 3  # the first key of `seeded` says what the numbers are for
 
 def choose_prompts(
@@ -107,7 +107,7 @@ def choose_prompts(
                for epoch in {place // total for place in places}}
     return torch.stack([shuffle[place // total][place % total] for place in places])
 
-# %% ../nbs/10_training.ipynb #70fe4520
+# %% ../nbs/10_training.ipynb #1b3ebcd9
 def world() -> tuple[int, int]:
     "Rank and number of processes; (0, 1) outside `torch.distributed`."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -127,7 +127,7 @@ def average_gradients(module: nn.Module) -> None:
         dist.all_reduce(p.grad)
         p.grad /= world()[1]
 
-# %% ../nbs/10_training.ipynb #7dbcc2a8
+# %% ../nbs/10_training.ipynb #86f4f1de
 def write_atomically(path: Path, text: str) -> None:
     "Write so that whoever reads finds the old text or the new one, never half of it."
     partial = path.with_name(f".{path.name}.partial")
@@ -137,7 +137,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(f.fileno())
     os.replace(partial, path)
 
-# %% ../nbs/10_training.ipynb #1540f800
+# %% ../nbs/10_training.ipynb #b77d19a1
 def append_row(path: Path, row: dict) -> None:
     "Add one row to a `.jsonl` file."
     with open(path, "a") as f: f.write(json.dumps(row) + "\n")
@@ -151,7 +151,7 @@ def read_rows(path: Path) -> list[dict]:
         except json.JSONDecodeError: break
     return rows
 
-# %% ../nbs/10_training.ipynb #fcd541a3
+# %% ../nbs/10_training.ipynb #e604aabd
 class Checkpoints:
     "A folder of numbered checkpoints, each written whole or not at all."
     def __init__(self, folder: str | Path,  # where the numbered folders are
@@ -188,7 +188,7 @@ class Checkpoints:
         except (OSError, ValueError, SafetensorError) as e:
             raise ValueError(f"checkpoint {newest} cannot be read: {e}; remove it to use the one before") from e
 
-# %% ../nbs/10_training.ipynb #d2d38b14
+# %% ../nbs/10_training.ipynb #1ec8101f
 def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "The optimiser's state as named tensors, for safetensors."
     return {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
@@ -202,7 +202,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/10_training.ipynb #85878590
+# %% ../nbs/10_training.ipynb #9dd6fd0a
 def kept(
     folder: str | Path | None,  # where; None: nowhere, train
     name: str,  # of the file, without its ending
@@ -219,7 +219,7 @@ def kept(
             os.replace(path.with_suffix(".partial"), path)
     return network.requires_grad_(False).eval()
 
-# %% ../nbs/10_training.ipynb #1ea6167b
+# %% ../nbs/10_training.ipynb #f8110344
 def run_config(
     algorithm: Algorithm,
     settings: TrainSettings,
@@ -261,7 +261,7 @@ def open_run(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(config, indent=1))
 
-# %% ../nbs/10_training.ipynb #0bb0dc15
+# %% ../nbs/10_training.ipynb #fed100bf
 class Trainer:
     "A run: policy, optimiser and average, one `step` an iteration, and the folder that remembers it."
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings(),
@@ -385,7 +385,7 @@ class Trainer:
             raise
         finally: bar.close()
 
-# %% ../nbs/10_training.ipynb #57526e72
+# %% ../nbs/10_training.ipynb #fb25f625
 def plot_run(
     rows: list[dict],  # of metrics.jsonl
     evals: list[dict],  # of eval.jsonl
