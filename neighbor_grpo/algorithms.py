@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'take', 'Rollout', 'States', 'check_types', 'Algorithm', 'NeighborGRPO', 'SDEGRPO', 'FlowGRPO',
            'DanceGRPO']
 
-# %% ../nbs/09_algorithms.ipynb #d5f76e4d
+# %% ../nbs/09_algorithms.ipynb #6d96917e
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .reweighting import quasi_norm
 from .sde import dance_sde, flow_sde, gaussian_log_prob, solve_sde
 from .solvers import Trajectory, euler_step, solve
 
-# %% ../nbs/09_algorithms.ipynb #25d5475e
+# %% ../nbs/09_algorithms.ipynb #35ad9f6d
 def take(
     cond: object,  # None, a tensor with P rows, or a dict, list or tuple of such
     rows: Tensor,  # (N,) which rows
@@ -38,7 +38,7 @@ def take(
             "None, a tensor, or a dict, list or tuple of tensors")
     return type(cond)(take(v, rows) for v in cond)
 
-# %% ../nbs/09_algorithms.ipynb #c89302f7
+# %% ../nbs/09_algorithms.ipynb #d0852096
 @dataclass(frozen=True)
 class Rollout:
     "What the old policy did: every state and velocity of every candidate."
@@ -58,7 +58,7 @@ class Rollout:
         "(P, G, *shape) the states at the end of the grid."
         return self.x[-1]
 
-# %% ../nbs/09_algorithms.ipynb #1173decc
+# %% ../nbs/09_algorithms.ipynb #a169d339
 @dataclass(frozen=True)
 class States:
     "A batch of trained states, by number: candidate `member` of group `prompt` before solver step `step`."
@@ -89,7 +89,7 @@ class States:
         "`(T or T+1, P, G, *shape) -> (M, *shape)`."
         return values[self.step, self.prompt, self.member]
 
-# %% ../nbs/09_algorithms.ipynb #3223cfa4
+# %% ../nbs/09_algorithms.ipynb #59f74acd
 def check_types(
     settings: object,  # a dataclass of integers, floats, booleans and `Literal` choices
 ) -> None:
@@ -103,7 +103,7 @@ def check_types(
         elif hint is int: require(number and isinstance(value, int), name, value, "an integer")
         else: require(number and math.isfinite(value), name, value, "a finite number")
 
-# %% ../nbs/09_algorithms.ipynb #1a71ef77
+# %% ../nbs/09_algorithms.ipynb #36ea8293
 @dataclass(frozen=True)
 class Algorithm:
     "What all algorithms share. A subclass says how to roll out, which states to train and with what probability."
@@ -185,7 +185,7 @@ class Algorithm:
         "Evaluations without gradient, per sample."
         return self.steps
 
-# %% ../nbs/09_algorithms.ipynb #0730ef28
+# %% ../nbs/09_algorithms.ipynb #b585f61e
 @dataclass(frozen=True)
 class NeighborGRPO(Algorithm):
     "Neighbor GRPO (arXiv 2511.16955): ODE rollouts of neighbouring noises, a softmax over distances to few anchors."
@@ -229,8 +229,10 @@ class NeighborGRPO(Algorithm):
         return solve(velocity, x, ts, cond, self.method)
 
     def advantages(self, rewards: Tensor) -> Tensor:
-        "`(P, G) -> (P, G)`: standardised in the group, then divided by the quasi-norm."
-        return quasi_norm(group_advantages(rewards), self.p, self.rescale)
+        "`(P, G) -> (P, G)`: standardised in the group, then divided by the quasi-norm; a flat group stays faint."
+        standard = group_advantages(rewards)
+        size = standard.square().mean(1, keepdim=True).sqrt()  # 1, unless the rewards hardly differ
+        return quasi_norm(standard, self.p, self.rescale) * size
 
     def trained_states(self, rollout: Rollout, generator: Generators) -> States:
         "B anchors of each group, each at the group's K steps."
@@ -279,7 +281,7 @@ class NeighborGRPO(Algorithm):
         "Evaluations with gradient, per sample, averaged over the group."
         return self.anchors * self.trained_steps / self.group_size
 
-# %% ../nbs/09_algorithms.ipynb #026f2dab
+# %% ../nbs/09_algorithms.ipynb #51c0c4e2
 @dataclass(frozen=True)
 class SDEGRPO(Algorithm):
     "What SDE-based algorithms share: Gaussian steps, and each candidate's own density."
@@ -341,7 +343,7 @@ class SDEGRPO(Algorithm):
         "Evaluations with gradient, per sample."
         return float(self.trained_steps)
 
-# %% ../nbs/09_algorithms.ipynb #a43a409d
+# %% ../nbs/09_algorithms.ipynb #eff4f602
 @dataclass(frozen=True)
 class FlowGRPO(SDEGRPO):
     "Flow-GRPO (arXiv 2505.05470): noise that grows towards t = 1, independent initial noises."
@@ -362,7 +364,7 @@ class FlowGRPO(SDEGRPO):
         "Mean and standard deviation of one noisy step."
         return flow_sde(x, v, t, t_next, self.noise_level, t_max)
 
-# %% ../nbs/09_algorithms.ipynb #6c027365
+# %% ../nbs/09_algorithms.ipynb #12bc7492
 @dataclass(frozen=True)
 class DanceGRPO(SDEGRPO):
     "DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained, one noise a group."
@@ -383,5 +385,5 @@ class DanceGRPO(SDEGRPO):
         "Mean and standard deviation of one noisy step."
         return dance_sde(x, v, t, t_next, self.eta)
 
-# %% ../nbs/09_algorithms.ipynb #3279b9e3
+# %% ../nbs/09_algorithms.ipynb #aaa5303f
 ALGORITHMS = {"neighbor": NeighborGRPO, "flow": FlowGRPO, "dance": DanceGRPO}
