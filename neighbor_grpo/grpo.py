@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_rewards', 'group_advantages', 'combine_rewards', 'clipped_surrogate', 'SurrogateStats']
 
-# %% ../nbs/03_grpo.ipynb #4fa16249
+# %% ../nbs/03_grpo.ipynb #f7d2dd3f
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .flow import require
 
-# %% ../nbs/03_grpo.ipynb #a85504f0
+# %% ../nbs/03_grpo.ipynb #b25712fd
 def check_rewards(
     rewards: Tensor,  # (P, G)
 ) -> Tensor:  # (P, G) float32 or better
@@ -27,7 +27,7 @@ def check_rewards(
     require(len(bad) == 0, "rewards", f"{bad[:3].tolist()} among {rewards.numel()} values", "finite")
     return rewards
 
-# %% ../nbs/03_grpo.ipynb #dd821d76
+# %% ../nbs/03_grpo.ipynb #646a78fa
 def group_advantages(
     rewards: Tensor,  # (P, G)
     eps: float = 1e-6,  # added to the standard deviation, > 0
@@ -37,7 +37,7 @@ def group_advantages(
     rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero, and stays so
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + eps)
 
-# %% ../nbs/03_grpo.ipynb #efecb7b1
+# %% ../nbs/03_grpo.ipynb #921c6e02
 def combine_rewards(
     rewards: Sequence[Tensor],  # one (P, G) for each reward
     weights: Sequence[float] | None = None,  # one for each reward; None: equal, summing to 1
@@ -50,7 +50,7 @@ def combine_rewards(
     require(len(weights) == len(rewards), "weights", f"{len(weights)} weights", f"one for each of {len(rewards)} rewards")
     return sum(w * (group_advantages(r) if standardise else check_rewards(r)) for w, r in zip(weights, rewards, strict=True))
 
-# %% ../nbs/03_grpo.ipynb #147fbdc6
+# %% ../nbs/03_grpo.ipynb #6bd76903
 def clipped_surrogate(
     log_prob: Tensor,  # of the current policy
     old_log_prob: Tensor,  # of the policy that collected, no gradient
@@ -62,7 +62,7 @@ def clipped_surrogate(
     ratio = (log_prob - old_log_prob).exp()
     return torch.min(advantages * ratio, advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
-# %% ../nbs/03_grpo.ipynb #7d307a99
+# %% ../nbs/03_grpo.ipynb #e65954c0
 @dataclass
 class SurrogateStats:
     "What the surrogate saw during one iteration, for the metrics."

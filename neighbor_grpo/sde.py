@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Step', 'flow_sde', 'dance_sde', 'cps', 'gaussian_log_prob', 'solve_sde']
 
-# %% ../nbs/02_sde.ipynb #6493ddb6
+# %% ../nbs/02_sde.ipynb #e0049459
 import math
 from collections.abc import Callable, Sequence
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from .flow import Generators, Velocity, denoised, expand_time, implied_noise, randn, require
 from .solvers import Trajectory, check_grid, euler_step
 
-# %% ../nbs/02_sde.ipynb #81b4ac7c
+# %% ../nbs/02_sde.ipynb #677bf8be
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, v, t, t_next) -> (mean, std)
 
-# %% ../nbs/02_sde.ipynb #20a2a363
+# %% ../nbs/02_sde.ipynb #a353e9f4
 def flow_sde(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -36,7 +36,7 @@ def flow_sde(
     mean = x * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
     return mean, s * (-dt).sqrt()
 
-# %% ../nbs/02_sde.ipynb #c57d0977
+# %% ../nbs/02_sde.ipynb #19568476
 def dance_sde(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -52,7 +52,7 @@ def dance_sde(
     score = -(x - (1 - t) * x0) / t**2
     return x + v * dt - eta**2 / 2 * score * dt, eta * (-dt).sqrt()
 
-# %% ../nbs/02_sde.ipynb #f92ce1ed
+# %% ../nbs/02_sde.ipynb #cf418c44
 def cps(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -66,7 +66,7 @@ def cps(
     std = t_next * math.sin(noise_level * math.pi / 2)
     return (1 - t_next) * x0 + (t_next**2 - std**2).sqrt() * noise, std
 
-# %% ../nbs/02_sde.ipynb #7e87b2a9
+# %% ../nbs/02_sde.ipynb #f8e050f7
 def gaussian_log_prob(
     x: Tensor,  # (N, *shape) where
     mean: Tensor,  # (N, *shape)
@@ -77,7 +77,7 @@ def gaussian_log_prob(
     log_prob = -((x - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
     return log_prob.flatten(1).mean(1)
 
-# %% ../nbs/02_sde.ipynb #fcf4b564
+# %% ../nbs/02_sde.ipynb #62be8533
 def solve_sde(
     velocity: Velocity,  # velocity(x, t, cond)
     x: Tensor,  # (N, *shape) state at ts[0]
