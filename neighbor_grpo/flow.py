@@ -7,7 +7,7 @@ __all__ = ['Velocity', 'Generators', 'require', 'seeded', 'randn', 'time_grid', 
            'denoised', 'implied_noise', 'flow_matching_loss', 'TimeEmbedding', 'VelocityMLP', 'train_flow',
            'eight_gaussians']
 
-# %% ../nbs/00_flow.ipynb #5a90b031
+# %% ../nbs/00_flow.ipynb #29e4d238
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
-# %% ../nbs/00_flow.ipynb #7b2a4690
+# %% ../nbs/00_flow.ipynb #d9bd7aad
 Velocity = Callable[[Tensor, Tensor, object], Tensor]  # velocity(x, t, cond) -> dx/dt, the shape of x
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-# %% ../nbs/00_flow.ipynb #9348af13
+# %% ../nbs/00_flow.ipynb #7c6216d5
 def require(
     condition: bool,  # what must hold
     name: str,  # the argument's name
@@ -31,7 +31,7 @@ def require(
     "Raise a `ValueError` that names the argument, its value and what is allowed, unless `condition` holds."
     if not condition: raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
-# %% ../nbs/00_flow.ipynb #08fe3b00
+# %% ../nbs/00_flow.ipynb #8a3a8456
 def seeded(
     seed: int,  # the run's seed, >= 0
     *keys: int,  # what the numbers are for: iteration, group, ... each >= 0
@@ -42,7 +42,7 @@ def seeded(
     state = np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
-# %% ../nbs/00_flow.ipynb #59cbe2f3
+# %% ../nbs/00_flow.ipynb #29ca9918
 def randn(
     shape: Sequence[int],  # shape[0] rows
     generator: Generators = None,  # one for all, or a list: each draws its equal share of the rows
@@ -57,7 +57,7 @@ def randn(
     rows = (shape[0] // len(generator), *shape[1:])
     return torch.cat([torch.randn(*rows, generator=g, dtype=dtype) for g in generator]).to(device)
 
-# %% ../nbs/00_flow.ipynb #0703dee9
+# %% ../nbs/00_flow.ipynb #cda225eb
 def time_grid(
     steps: int,  # T, number of steps, >= 1
     shift: float = 1.0,  # s > 0; SD3 and FLUX use 3: more steps near the noise
@@ -68,17 +68,18 @@ def time_grid(
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return (shift * t / (1 + (shift - 1) * t)).float()
 
-# %% ../nbs/00_flow.ipynb #c0cd8b3d
+# %% ../nbs/00_flow.ipynb #d5b736d6
 def expand_time(
     t: float | Tensor,  # one time for all, or (N,)
     x: Tensor,  # (N, *shape), what the time shall multiply
 ) -> Tensor:  # (N, 1, ...) or (1, 1, ...), dtype and device of x
     "Bring a time into a shape that broadcasts over `x`."
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
-    require(t.ndim == 0 or t.shape == x.shape[:1], "t", f"shape {tuple(t.shape)}", f"a number or of shape ({len(x)},)")
+    good = t.ndim == 0 or t.shape == x.shape[:1]
+    require(good, "t", f"shape {tuple(t.shape)}", f"a number or of shape ({len(x)},)")
     return t.reshape(-1, *[1] * (x.ndim - 1))
 
-# %% ../nbs/00_flow.ipynb #486e3675
+# %% ../nbs/00_flow.ipynb #bd5640c4
 def interpolate(
     x0: Tensor,  # (N, *shape) data
     noise: Tensor,  # (N, *shape) standard normal
@@ -88,7 +89,7 @@ def interpolate(
     t = expand_time(t, x0)
     return (1 - t) * x0 + t * noise
 
-
+# %% ../nbs/00_flow.ipynb #d402cd26
 def velocity_target(
     x0: Tensor,  # (N, *shape) data
     noise: Tensor,  # (N, *shape) standard normal
@@ -96,7 +97,7 @@ def velocity_target(
     "What the network learns: `v = eps - x_0`."
     return noise - x0
 
-# %% ../nbs/00_flow.ipynb #96eb454c
+# %% ../nbs/00_flow.ipynb #802b8005
 def denoised(
     x: Tensor,  # (N, *shape) state
     v: Tensor,  # (N, *shape) velocity
@@ -105,7 +106,7 @@ def denoised(
     "The data that a straight line along `v` ends at: `x0_hat = x - t v`."
     return x - expand_time(t, x) * v
 
-
+# %% ../nbs/00_flow.ipynb #44dee383
 def implied_noise(
     x: Tensor,  # (N, *shape) state
     v: Tensor,  # (N, *shape) velocity
@@ -114,7 +115,7 @@ def implied_noise(
     "The noise that a straight line along `v` came from: `eps_hat = x + (1 - t) v`."
     return x + (1 - expand_time(t, x)) * v
 
-# %% ../nbs/00_flow.ipynb #f5ef2351
+# %% ../nbs/00_flow.ipynb #f65ad8fb
 def flow_matching_loss(
     velocity: Velocity,  # velocity(x, t, cond)
     x0: Tensor,  # (N, *shape) data
@@ -126,7 +127,7 @@ def flow_matching_loss(
     t = torch.rand(len(x0), generator=generator).to(x0.device)
     return (velocity(interpolate(x0, noise, t), t, cond) - velocity_target(x0, noise)).square().mean()
 
-# %% ../nbs/00_flow.ipynb #88d1edb6
+# %% ../nbs/00_flow.ipynb #beee7db5
 class TimeEmbedding(nn.Module):
     "Sines and cosines of `t` at geometrically spaced frequencies, then a small network."
     def __init__(self, width: int,  # of the output
@@ -139,7 +140,7 @@ class TimeEmbedding(nn.Module):
         angles = t[:, None].float() * self.frequencies
         return self.net(torch.cat([angles.sin(), angles.cos()], -1).to(self.net[0].weight.dtype))
 
-# %% ../nbs/00_flow.ipynb #40fc6214
+# %% ../nbs/00_flow.ipynb #a2fb2cfa
 class VelocityMLP(nn.Module):
     "A velocity for points: `x` and an embedding of `t` through a few wide layers. Ignores `cond`."
     def __init__(self, dim: int = 2,  # of one point
@@ -156,7 +157,7 @@ class VelocityMLP(nn.Module):
         for layer in self.hidden: h = h + layer(nn.functional.silu(h + e))
         return self.out(nn.functional.silu(h))
 
-# %% ../nbs/00_flow.ipynb #32f4a273
+# %% ../nbs/00_flow.ipynb #7ee52dc9
 def train_flow(
     network: nn.Module,  # the velocity, trained in place
     batch: Callable[[torch.Generator], tuple[Tensor, object]],  # draws (x0, cond)
@@ -182,7 +183,7 @@ def train_flow(
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return average.module.eval(), losses
 
-# %% ../nbs/00_flow.ipynb #8add0bd8
+# %% ../nbs/00_flow.ipynb #34e5d753
 def eight_gaussians(
     n: int,  # number of points
     generator: torch.Generator | None = None,  # for the choice of the Gaussian and the point

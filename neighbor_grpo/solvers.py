@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Trajectory', 'euler_step', 'check_grid', 'dpm2m_step', 'ab2_step', 'solve']
 
-# %% ../nbs/01_solvers.ipynb #bd2a4314
+# %% ../nbs/01_solvers.ipynb #a6eea8d3
 import math
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .flow import Velocity, denoised, expand_time, require
 
-# %% ../nbs/01_solvers.ipynb #6002cdd6
+# %% ../nbs/01_solvers.ipynb #c43f3a11
 @dataclass(frozen=True)
 class Trajectory:
     "All states and velocities of a batch on its way from noise to data."
@@ -27,7 +27,7 @@ class Trajectory:
     nfe: int
     "Velocity evaluations per sample."
 
-# %% ../nbs/01_solvers.ipynb #ce2e385d
+# %% ../nbs/01_solvers.ipynb #06c9dd42
 def euler_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -37,7 +37,7 @@ def euler_step(
     "Follow the tangent: `x + (t_next - t) v`. First order; equals DDIM for rectified flows."
     return x + (expand_time(t_next, x) - expand_time(t, x)) * v
 
-# %% ../nbs/01_solvers.ipynb #914d1b2a
+# %% ../nbs/01_solvers.ipynb #b7b4c0a9
 def check_grid(
     ts: Tensor,  # (T+1,)
 ) -> Tensor:  # the same
@@ -47,7 +47,7 @@ def check_grid(
     require(good, "ts", ts.tolist(), "at least two strictly descending times in [0, 1]")
     return ts
 
-# %% ../nbs/01_solvers.ipynb #c952b70e
+# %% ../nbs/01_solvers.ipynb #c76b1fef
 def dpm2m_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -63,7 +63,7 @@ def dpm2m_step(
     x0 = denoised(x, v, t)
     return t_next / t * x + (1 - t_next / t) * (x0 + ratio / 2 * (x0 - x0_prev))
 
-# %% ../nbs/01_solvers.ipynb #5125bad5
+# %% ../nbs/01_solvers.ipynb #affc7795
 def ab2_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -76,10 +76,10 @@ def ab2_step(
     slope = (v - v_prev) / (t - t_prev)
     return euler_step(x, v + (t_next - t) / 2 * slope, t, t_next)
 
-# %% ../nbs/01_solvers.ipynb #106d618f
+# %% ../nbs/01_solvers.ipynb #347a3593
 METHODS = ("euler", "heun", "dpm++2m", "ab2")
 
-
+# %% ../nbs/01_solvers.ipynb #e41008a4
 def solve(
     velocity: Velocity,  # velocity(x, t, cond)
     x: Tensor,  # (N, *shape) state at ts[0]; noise when ts[0] = 1
