@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['quasi_norm']
 
-# %% ../nbs/08_reweighting.ipynb #be5737d9
+# %% ../nbs/08_reweighting.ipynb #be50be62
 import math
 
+import torch
 from torch import Tensor
 
 from .flow import require
 
-# %% ../nbs/08_reweighting.ipynb #d7f3c215
+# %% ../nbs/08_reweighting.ipynb #27aa9bfd
 def quasi_norm(
     advantages: Tensor,  # (P, G) standardised within each group
     p: float = 0.8,  # exponent in (0, 2]; below 1 it is a quasi-norm
