@@ -3,6 +3,10 @@
 import torch
 from torch import nn
 
+from neighbor_grpo.flow import randn, seeded, time_grid
+from neighbor_grpo.solvers import solve
+from neighbor_grpo.training import Checkpoints, read_rows
+
 
 class GaussianFlow:
     "Data `N(mean, scale^2)` in each dimension: the one flow whose velocity and trajectories are known exactly."
@@ -92,3 +96,62 @@ def gradients(module):
 def weights(module):
     "A copy of the weights of a module as one vector."
     return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+class TinyTask:
+    "Points that shall move to (1, 1), five prompts that shift the velocity, and dropout, which draws global numbers."
+
+    shape, prompts = (2,), 5
+
+    def __init__(self, seed=0, dropout=0.1):
+        torch.manual_seed(seed)
+        self.policy = ShiftedMLP(dropout)
+
+    def conditions(self, prompts):
+        return {"shift": prompts.float() / 10}
+
+    def reward(self, samples, prompts):
+        return -(samples - 1).square().sum(1)
+
+    def evaluate(self, velocity):
+        noise, conditions = randn((16, 2), seeded(0, 9)), {"shift": torch.zeros(16)}
+        training = velocity.training
+        x = solve(velocity.eval(), noise, time_grid(4), conditions).x[-1]
+        velocity.train(training)
+        return {"reward": self.reward(x, None).mean().item()}
+
+
+class ShiftedMLP(nn.Module):
+    "A small network whose condition is added to its output."
+
+    def __init__(self, dropout=0.1):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 16), nn.SiLU(), nn.Dropout(dropout), nn.Linear(16, 2))
+
+    def forward(self, x, t, cond):
+        return self.net(torch.cat([x, t[:, None]], 1)) + cond["shift"][:, None]
+
+
+def outcome(folder):
+    "Everything that a run ends with, but for the time it took: newest checkpoint, metrics and evaluations."
+    tensors, state = Checkpoints(folder / "checkpoints").load()
+    flat = {f"{group}.{name}": value for group, values in tensors.items() for name, value in values.items()}
+    metrics = [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(folder / "metrics.jsonl")]
+    return flat, {"state": state, "metrics": metrics, "evals": read_rows(folder / "eval.jsonl")}
+
+
+def assert_same_outcome(folder, expected):
+    "Bit by bit."
+    (tensors, rest), (expected_tensors, expected_rest) = outcome(folder), outcome(expected)
+    assert rest == expected_rest
+    assert tensors.keys() == expected_tensors.keys()
+    assert [name for name, value in tensors.items() if not torch.equal(value, expected_tensors[name])] == []
+
+
+def same_outcome(folder, expected):
+    "Whether two runs ended alike, bit by bit."
+    try:
+        assert_same_outcome(folder, expected)
+    except AssertionError:
+        return False
+    return True

@@ -416,10 +416,18 @@ def test_zero_advantages_give_a_zero_gradient(algorithm):
 
 def test_advantages_of_each_algorithm():
     rewards = torch.eye(12)[:2].double() * 100
-    neighbor = NeighborGRPO(p=0.8, rescale=False)
-    assert torch.equal(neighbor.advantages(rewards), quasi_norm(group_advantages(rewards), 0.8, False))
+    standard = group_advantages(rewards)
+    neighbor = NeighborGRPO(p=0.8, rescale=False).advantages(rewards)
+    torch.testing.assert_close(neighbor, quasi_norm(standard, 0.8, False), atol=1e-7, rtol=1e-6)
     clipped = replace(SMALL["flow"], group_size=12, advantage_clip=2.0).advantages(rewards)
-    assert torch.equal(clipped, group_advantages(rewards).clamp(-2, 2)) and clipped.max() == 2
+    assert torch.equal(clipped, standard.clamp(-2, 2)) and clipped.max() == 2
+
+
+@every_algorithm
+def test_noise_in_a_flat_group_is_not_blown_up(algorithm):
+    rewards = 0.5 + 1e-9 * randn((1, 6), seeded(0), dtype=torch.float64)  # far below the floor of the spread
+    advantages = algorithm.advantages(rewards)
+    assert 0 < advantages.abs().max() < 3e-3
 
 
 def test_clipped_states_have_no_gradient():

@@ -1,0 +1,596 @@
+"""The loop, its metrics, its checkpoints, and what stops it."""
+
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, replace
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import TinyTask, assert_same_outcome, outcome, same_outcome, weights
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neighbor_grpo import training
+from neighbor_grpo.algorithms import DanceGRPO, NeighborGRPO
+from neighbor_grpo.training import (
+    Checkpoints,
+    Trainer,
+    TrainSettings,
+    append_row,
+    choose_prompts,
+    kept,
+    plot_run,
+    read_rows,
+    write_atomically,
+)
+
+ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2, kl_weight=0.05)
+SETTINGS = TrainSettings(iterations=6, groups=3, updates=2, lr=1e-2, ema=0.8, eval_every=2, checkpoint_every=2)
+FIELDS = "iteration reward_mean reward_std nfe_old nfe_theta clip_fraction ratio_min ratio_max entropy grad_norm"
+
+
+def run(out=None, task=None, algorithm=ALGORITHM, resume=False, callback=None, **settings):
+    trainer = Trainer(task or TinyTask(), algorithm, replace(SETTINGS, **settings), out, resume)
+    return trainer.run(progress=False, callback=callback)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    "The run folder of a run that nothing stopped."
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(folder)
+    return folder
+
+
+class Killed(BaseException):
+    "Stands for a process that is no more."
+
+
+# --- metrics ---
+
+
+@pytest.mark.parametrize("algorithm", [ALGORITHM, DanceGRPO(group_size=4, steps=4, trained_steps=2)])
+def test_metrics_have_exactly_the_documented_fields(algorithm, tmp_path):
+    trainer = run(tmp_path / "run", algorithm=algorithm)
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert rows == trainer.rows and [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for row in rows:
+        assert set(row) == {*FIELDS.split(), "seconds"}
+        assert row["nfe_old"] == algorithm.nfe_old and row["nfe_theta"] == 2 * algorithm.nfe_theta
+        assert (row["entropy"] is None) == isinstance(algorithm, DanceGRPO)
+        assert row["ratio_min"] <= 1 <= row["ratio_max"] and 0 <= row["clip_fraction"] <= 1
+        assert row["grad_norm"] > 0 and row["seconds"] > 0
+
+
+def test_a_single_update_is_on_policy():
+    for row in run(updates=1).rows:
+        assert row["ratio_min"] == row["ratio_max"] == 1 and row["clip_fraction"] == 0
+
+
+def test_reward_metrics_are_those_of_the_samples():
+    seen = []
+
+    class Watched(TinyTask):
+        def reward(self, samples, prompts):
+            rewards = super().reward(samples, prompts)
+            if len(rewards) == 12:  # three groups of four
+                seen.append(rewards.view(3, 4))
+            return rewards
+
+    for row, rewards in zip(run(task=Watched()).rows, seen, strict=True):
+        assert row["reward_mean"] == pytest.approx(rewards.mean().item())
+        assert row["reward_std"] == pytest.approx(rewards.std(1, correction=0).mean().item())
+
+
+def test_evaluations_at_the_start_at_intervals_and_at_the_end(tmp_path):
+    trainer = run(tmp_path / "run", iterations=5, eval_every=2)
+    assert [row["iteration"] for row in trainer.evals] == [0, 2, 4, 5]
+    assert read_rows(tmp_path / "run" / "eval.jsonl") == trainer.evals
+    assert trainer.evals[-1]["reward"] == TinyTask().evaluate(trainer.velocity)["reward"]
+
+
+def test_the_run_folder_remembers_everything(uninterrupted):
+    config = json.loads((uninterrupted / "config.json").read_text())
+    assert config["algorithm_name"] == "NeighborGRPO" and config["algorithm"] == asdict(ALGORITHM)
+    assert config["training"] == asdict(SETTINGS) and config["versions"]["torch"] == torch.__version__
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "checkpoints"}
+    assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {"000004", "000006"}
+
+
+def test_nothing_is_written_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run()
+    assert list(tmp_path.iterdir()) == []
+    run("run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_picture_of_a_run(uninterrupted, tmp_path):
+    plot_run(
+        read_rows(uninterrupted / "metrics.jsonl"), read_rows(uninterrupted / "eval.jsonl"), tmp_path / "reward.png"
+    )
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- optimisation ---
+
+
+def test_one_seed_one_result():
+    first, again, other = (weights(run(seed=seed).policy) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_result_does_not_depend_on_the_global_generator():
+    torch.manual_seed(1)
+    task = TinyTask()
+    torch.manual_seed(5)
+    first = weights(run(task=task).policy)
+    task = TinyTask()
+    torch.rand(100)
+    assert torch.equal(first, weights(run(task=task).policy))
+
+
+def test_training_raises_the_held_out_reward():
+    trainer = run(task=TinyTask(dropout=0.0), iterations=60, groups=8, updates=1, ema=0.0)
+    assert (
+        trainer.evals[-1]["reward"] > 0.5 * trainer.evals[0]["reward"]
+    )  # rewards are negative: at least half way to 0
+
+
+def test_the_average_follows_the_weights():
+    task = TinyTask()
+    expected = weights(task.policy)
+
+    def follow(trainer):
+        nonlocal expected
+        expected = 0.8 * expected + 0.2 * weights(trainer.policy)
+        torch.testing.assert_close(weights(trainer.velocity), expected, atol=1e-6, rtol=1e-5)
+        assert not torch.equal(weights(trainer.velocity), weights(trainer.policy))
+
+    assert run(task=task, updates=1, callback=follow).iteration == 6
+
+
+def test_without_an_average_the_policy_is_evaluated():
+    trainer = run(ema=0.0)
+    assert trainer.velocity is trainer.policy
+
+
+def test_first_step_has_the_size_of_the_learning_rate():
+    task = TinyTask(dropout=0.0)
+    before = weights(task.policy)
+    trainer = run(task=task, iterations=1, updates=1, lr=3e-3)
+    moved = (weights(trainer.policy) - before).abs()  # AdamW's first step is lr * sign(gradient)
+    assert moved.max().item() == pytest.approx(3e-3, rel=0.01) and moved.median().item() == pytest.approx(
+        3e-3, rel=0.05
+    )
+
+
+def test_long_gradients_are_cut_to_the_allowed_norm():
+    norms = []
+
+    def measure(trainer):
+        norms.append(torch.cat([p.grad.flatten() for p in trainer.policy.parameters()]).norm().item())
+
+    rows = run(max_grad_norm=1e-3, updates=1, callback=measure).rows
+    assert min(row["grad_norm"] for row in rows) > 1e-3  # as it was before the cut
+    assert norms == pytest.approx([1e-3] * 6, rel=1e-3)
+
+
+def test_frozen_weights_stay():
+    task = TinyTask()
+    task.policy.net[0].requires_grad_(False)
+    before = weights(task.policy.net[0])
+    trainer = run(task=task)
+    assert torch.equal(weights(trainer.policy.net[0]), before)
+
+
+def test_the_penalty_holds_the_policy_near_the_reference():
+    task = TinyTask()
+    start = weights(task.policy)
+    far, near = (
+        (weights(run(algorithm=replace(ALGORITHM, kl_weight=w), iterations=30).policy) - start).norm()
+        for w in (0.0, 10.0)
+    )
+    assert near < far
+
+
+# --- prompts ---
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 50))
+def test_every_prompt_once_in_each_epoch(total, count, seed):
+    stream = torch.cat([choose_prompts(total, count, seed, iteration) for iteration in range(3 * total)])
+    for epoch in stream.split(total):
+        assert sorted(epoch.tolist()) == list(range(total)) or len(epoch) < total
+
+
+def test_epochs_and_seeds_are_shuffled_differently():
+    orders = {tuple(choose_prompts(50, 50, seed, epoch).tolist()) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9 and tuple(range(50)) not in orders
+
+
+# --- resume ---
+
+
+@pytest.mark.parametrize("stop", range(1, 7))
+def test_stopped_after_any_iteration_and_resumed(stop, uninterrupted, tmp_path):
+    def interrupt(trainer):
+        if trainer.iteration == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", callback=interrupt)
+    assert Checkpoints(tmp_path / "run" / "checkpoints").numbers()[-1] == stop  # nothing was lost
+    assert run(tmp_path / "run", resume=True).iteration == 6
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+def test_resuming_a_finished_run_changes_nothing(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    assert len(run(tmp_path / "run", resume=True).rows) == 6
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(uninterrupted, tmp_path):
+    run(tmp_path / "run", iterations=4)
+    run(tmp_path / "run", resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+def test_resuming_with_the_task_of_the_interrupted_run(uninterrupted, tmp_path):
+    task = TinyTask()  # as in a notebook: its policy has been trained in the meantime, the reference is the base
+
+    def interrupt(trainer):
+        if trainer.iteration == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", task=task, callback=interrupt)
+    run(tmp_path / "run", task=task, resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+def test_interrupted_while_the_metrics_are_made(uninterrupted, tmp_path, monkeypatch):
+    summary, calls = training.SurrogateStats.summary, []
+
+    def interrupt(stats):
+        calls.append(stats)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return summary(stats)
+
+    monkeypatch.setattr(training.SurrogateStats, "summary", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run")
+    run(tmp_path / "run", resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+class Mortal:
+    "Lets a run die at the n-th time that it touches the disk, half way through, and touch nothing afterwards."
+
+    def __init__(self, monkeypatch, last=None):
+        self.last, self.count = last, 0
+        monkeypatch.setattr(training, "save_file", self.guard(training.save_file, self.half_file))
+        monkeypatch.setattr(training, "append_row", self.guard(append_row, self.half_row))
+        monkeypatch.setattr(training.os, "replace", self.guard(os.replace))
+        monkeypatch.setattr(training.os, "fsync", self.guard(os.fsync))
+        monkeypatch.setattr(training.shutil, "rmtree", self.guard(shutil.rmtree, self.half_folder))
+
+    def guard(self, function, half=lambda *arguments: None):
+        def guarded(*arguments, **options):
+            self.count += 1
+            if self.last is not None and self.count >= self.last:
+                if self.count == self.last:
+                    half(*arguments)
+                raise Killed
+            return function(*arguments, **options)
+
+        return guarded
+
+    def half_file(self, tensors, path):
+        whole = safetensors.torch.save(tensors)
+        path.write_bytes(whole[: len(whole) // 2])
+
+    def half_row(self, path, row):
+        with open(path, "a") as file:
+            file.write(json.dumps(row)[:20])
+
+    def half_folder(self, path):
+        for file in sorted(path.iterdir())[:1] if path.exists() else []:
+            file.unlink()
+
+
+def touches(tmp_path_factory):
+    "How often a run of three iterations touches the disk."
+    with pytest.MonkeyPatch.context() as patch:
+        mortal = Mortal(patch)
+        run(tmp_path_factory.mktemp("touches") / "run", iterations=3, checkpoint_every=1)
+    return mortal.count
+
+
+def test_killed_at_any_touch_of_the_disk_and_resumed(tmp_path, tmp_path_factory, monkeypatch):
+    run(tmp_path / "whole", iterations=3, checkpoint_every=1)
+    count, different = touches(tmp_path_factory), {}
+    assert count > 50
+    for last in range(1, count + 1):
+        folder = tmp_path / f"killed-{last}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            Mortal(patch, last)
+            run(folder, iterations=3, checkpoint_every=1)
+        if Checkpoints(folder / "checkpoints").numbers():
+            Checkpoints(folder / "checkpoints").load()  # the newest can be read
+        run(folder, iterations=3, checkpoint_every=1, resume=(folder / "config.json").exists())
+        if not same_outcome(folder, tmp_path / "whole"):
+            different[last] = "another outcome"
+        elif {path.name for path in (folder / "checkpoints").iterdir()} != {"000002", "000003"}:
+            different[last] = "other checkpoints"
+    assert not different
+
+
+def test_killed_twice_in_a_row(uninterrupted, tmp_path, monkeypatch):
+    for last, resume in ((40, False), (30, True)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            Mortal(patch, last)
+            run(tmp_path / "run", resume=resume)
+    run(tmp_path / "run", resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+# --- checkpoints ---
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_checkpoints_are_kept(keep, tmp_path):
+    run(tmp_path / "run", checkpoint_every=1, keep=keep)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep)
+    assert checkpoints.numbers() == [0, 1, 2, 3, 4, 5, 6][-keep:]
+    assert {path.name for path in checkpoints.folder.iterdir()} == {f"{n:06d}" for n in checkpoints.numbers()}
+
+
+def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
+    tensors = {
+        "policy": {"a.b": torch.rand(3).bfloat16(), "c": torch.arange(4)},
+        "optimizer": {"0.step": torch.tensor(2.0)},
+    }
+    strided = {"policy": {**tensors["policy"], "d": torch.rand(3, 4).T}, "optimizer": tensors["optimizer"]}
+    Checkpoints(tmp_path).save(3, strided, {"iteration": 3})
+    loaded, state = Checkpoints(tmp_path).load()
+    assert state == {"iteration": 3} and loaded.keys() == strided.keys()
+    for group, values in strided.items():
+        assert loaded[group].keys() == values.keys()
+        assert all(torch.equal(loaded[group][k], v) and loaded[group][k].dtype == v.dtype for k, v in values.items())
+
+
+def truncate(folder):
+    path = folder / "policy.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def scribble(folder):
+    (folder / "optimizer.safetensors").write_bytes(b"no tensors here")
+
+
+def empty_state(folder):
+    (folder / "state.json").write_text("{")
+
+
+def no_state(folder):
+    (folder / "state.json").unlink()
+
+
+def no_policy(folder):
+    (folder / "policy.safetensors").unlink()
+
+
+def no_average(folder):
+    (folder / "ema.safetensors").unlink()
+
+
+def foreign(folder):
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, folder / "policy.safetensors")
+
+
+def no_number(folder):
+    (folder / "state.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, scribble, empty_state, no_state, no_policy, no_average, foreign, no_number],
+    ids=lambda f: f.__name__,
+)
+def test_a_damaged_checkpoint_is_named(damage, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "000006"
+    damage(newest)
+    with pytest.raises(ValueError, match="checkpoint") as error:
+        run(tmp_path / "run", resume=True)
+    assert str(newest) in str(error.value)
+    shutil.rmtree(newest)  # what the message advises
+    run(tmp_path / "run", resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "value", "before"),
+    [
+        ("lr", {"lr": 0.5}, "0.5", "0.01"),
+        ("seed", {"seed": 3}, "3", "0"),
+        ("groups", {"groups": 6}, "6", "3"),
+        ("sigma", {"algorithm": replace(ALGORITHM, sigma=0.7)}, "0.7", "0.3"),
+        ("algorithm_name", {"algorithm": DanceGRPO()}, "DanceGRPO", "NeighborGRPO"),
+    ],
+)
+def test_resuming_under_another_setting_names_it(name, changed, value, before, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    with pytest.raises(ValueError) as error:
+        run(tmp_path / "run", resume=True, **changed)
+    assert all(part in str(error.value) for part in (name, value, before))
+    run(tmp_path / "run", resume=True, iterations=7, keep=1)  # these may change
+    assert Checkpoints(tmp_path / "run" / "checkpoints").numbers() == [7]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(uninterrupted):
+    before = outcome(uninterrupted)[1]
+    with pytest.raises(ValueError, match="out must be a folder without a run"):
+        run(uninterrupted)
+    assert outcome(uninterrupted)[1] == before
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(ValueError, match="out must be a run folder"):
+        run(tmp_path / "nowhere", resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- files ---
+
+
+def test_rows_up_to_a_line_that_was_cut(tmp_path):
+    path, rows = tmp_path / "rows.jsonl", [{"iteration": k, "x": k / 3, "none": None} for k in range(3)]
+    for row in rows:
+        append_row(path, row)
+    whole = path.read_bytes()
+    assert read_rows(path) == rows and read_rows(tmp_path / "none.jsonl") == []
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        assert read_rows(path) == rows[: whole[: length + 1].count(b"\n")]
+
+
+def test_atomic_writing_leaves_the_old_text_or_the_new(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    write_atomically(path, "old")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        Mortal(patch, 2)
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    write_atomically(path, "new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_kept_network_is_trained_once(tmp_path):
+    trained = []
+
+    def train(network):
+        trained.append(network)
+        torch.nn.init.constant_(network.weight, 2.0)
+        return network
+
+    for _ in range(2):
+        network = kept(tmp_path, "base", torch.nn.Linear(2, 2), train)
+        assert (network.weight == 2).all() and not network.training
+        assert not any(p.requires_grad for p in network.parameters())
+    assert len(trained) == 1 and [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+    kept(None, "base", torch.nn.Linear(2, 2), train)
+    assert len(trained) == 2
+
+
+# --- what stops a run ---
+
+
+class Broken(TinyTask):
+    "Its reward goes wrong in the fifth iteration."
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault, self.calls = fault, 0
+
+    def reward(self, samples, prompts):
+        if prompts is not None:
+            self.calls += 1
+        rewards = super().reward(samples, prompts)
+        return self.fault(rewards) if self.calls == 5 and prompts is not None else rewards
+
+
+def gone(rewards):
+    raise ConnectionError("the reward server is gone")
+
+
+FAULTS = {
+    "nan": (lambda r: r.index_fill(0, torch.tensor([7]), math.nan), ValueError, ["rewards", "finite", "nan"]),
+    "infinite": (lambda r: r.index_fill(0, torch.tensor([0]), -math.inf), ValueError, ["rewards", "finite", "-inf"]),
+    "raises": (gone, ConnectionError, ["the reward server is gone"]),
+    "too few": (lambda r: r[:-1], ValueError, ["rewards", "(11,)", "(12,)"]),
+    "a column": (lambda r: r[:, None], ValueError, ["rewards", "(12, 1)", "(12,)"]),
+    "one number": (lambda r: r.mean(), ValueError, ["rewards", "()", "(12,)"]),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_broken_reward_stops_the_run_with_the_last_good_checkpoint(name, uninterrupted, tmp_path):
+    fault, kind, fragments = FAULTS[name]
+    task = Broken(fault)
+    with pytest.raises(kind) as error:
+        run(tmp_path / "run", task=task, checkpoint_every=100)
+    assert all(part in str(error.value) for part in fragments)
+    assert weights(task.policy).isfinite().all()
+    run(tmp_path / "four", iterations=4)
+    (tensors, _), (expected, _) = outcome(tmp_path / "run"), outcome(tmp_path / "four")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").numbers() == [0, 4]
+    assert all(torch.equal(value, expected[key]) for key, value in tensors.items())
+
+
+def test_a_repaired_reward_goes_on_as_if_nothing_had_happened(uninterrupted, tmp_path):
+    with pytest.raises(ConnectionError):
+        run(tmp_path / "run", task=Broken(gone))
+    run(tmp_path / "run", resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+class Exploding(torch.nn.Module):
+    "A policy that returns NaN with gradient at one of its calls."
+
+    def __init__(self, policy, at):
+        super().__init__()
+        self.policy, self.at, self.calls = policy, at, 0
+
+    def forward(self, x, t, cond):
+        v = self.policy(x, t, cond)
+        self.calls += torch.is_grad_enabled()
+        return v * math.nan if self.calls == self.at and torch.is_grad_enabled() else v
+
+
+@pytest.mark.parametrize(("at", "micro_batch", "last"), [(7, 0, 3), (8, 0, 2), (19, 4, 3), (21, 4, 3)])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(at, micro_batch, last, tmp_path):
+    # Two updates an iteration; 12 trained states make one batch or three.
+    task = TinyTask()
+    task.policy = Exploding(task.policy, at)
+    with pytest.raises(ValueError, match="loss must be finite, got nan"):
+        run(tmp_path / "run", task=task, algorithm=replace(ALGORITHM, micro_batch=micro_batch), checkpoint_every=2)
+    assert weights(task.policy).isfinite().all()
+    tensors, rest = outcome(tmp_path / "run")
+    assert rest["state"]["iteration"] == last and all(value.isfinite().all() for value in tensors.values())
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    task, calls = TinyTask(), []
+
+    def poison(gradient):
+        calls.append(gradient)
+        return gradient * math.inf if len(calls) == 5 else gradient
+
+    task.policy.net[-1].weight.register_hook(poison)
+    with pytest.raises(ValueError, match="gradient norm must be finite"):
+        run(tmp_path / "run", task=task)
+    assert weights(task.policy).isfinite().all()
+    tensors, rest = outcome(tmp_path / "run")
+    assert rest["state"]["iteration"] == 2 and all(value.isfinite().all() for value in tensors.values())
+
+
+def test_a_failing_evaluation_loses_no_iteration(uninterrupted, tmp_path):
+    class Absent(TinyTask):
+        def evaluate(self, velocity):
+            if velocity.training is not None and len(read_rows(tmp_path / "run" / "eval.jsonl")) == 2:
+                raise ConnectionError("no judge")
+            return super().evaluate(velocity)
+
+    with pytest.raises(ConnectionError):
+        run(tmp_path / "run", task=Absent())
+    assert Checkpoints(tmp_path / "run" / "checkpoints").numbers()[-1] == 4
+    run(tmp_path / "run", resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
