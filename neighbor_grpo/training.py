@@ -7,7 +7,7 @@ __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'Task', 'TrainSettings', 'ch
            'average_gradients', 'write_atomically', 'append_row', 'read_rows', 'Checkpoints', 'flat_optimizer',
            'load_optimizer', 'kept', 'run_config', 'check_config', 'open_run', 'Trainer', 'plot_run']
 
-# %% ../nbs/10_training.ipynb #a8f54f9a
+# %% ../nbs/10_training.ipynb #c9cacef3
 import copy
 import json
 import math
@@ -30,11 +30,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from . import __version__
-from .algorithms import Algorithm, Rollout
+from .algorithms import Algorithm, Rollout, check_types
 from .flow import Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards
 
-# %% ../nbs/10_training.ipynb #d006282e
+# %% ../nbs/10_training.ipynb #d5837c9c
 class Task(Protocol):
     "What the loop needs to know: a policy, prompts, a reward, and a held-out judgement."
     policy: nn.Module
@@ -53,7 +53,7 @@ class Task(Protocol):
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
         "Held-out figures under fixed noise; `reward` is one of them."
 
-# %% ../nbs/10_training.ipynb #3fdd83b4
+# %% ../nbs/10_training.ipynb #3c5ddea1
 @dataclass(frozen=True)
 class TrainSettings:
     "How long, how fast and how often. What is trained is the task's, how it is credited the algorithm's."
@@ -81,18 +81,14 @@ class TrainSettings:
     "Checkpoints kept, the newest."
 
     def __post_init__(self):
+        check_types(self)
         for name in ("iterations", "groups", "updates", "eval_every", "checkpoint_every", "keep"):
-            value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, name, value, "an integer >= 1")
-        for name in ("lr", "max_grad_norm"):
-            value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, name, value, "a finite number > 0")
-        require(math.isfinite(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay,
-                "a finite number >= 0")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        for name in ("lr", "max_grad_norm"): require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        for name in ("weight_decay", "seed"): require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
-        require(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer >= 0")
 
-# %% ../nbs/10_training.ipynb #fb542aae
+# %% ../nbs/10_training.ipynb #d50d3ef9
 PROMPT_KEY, GROUP_KEY, GLOBAL_KEY = 1, 2, 3  # the first key of `seeded` says what the numbers are for
 
 def choose_prompts(
@@ -107,7 +103,7 @@ def choose_prompts(
                for epoch in {place // total for place in places}}
     return torch.stack([shuffle[place // total][place % total] for place in places])
 
-# %% ../nbs/10_training.ipynb #1b3ebcd9
+# %% ../nbs/10_training.ipynb #3764efb9
 def world() -> tuple[int, int]:
     "Rank and number of processes; (0, 1) outside `torch.distributed`."
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -127,7 +123,7 @@ def average_gradients(module: nn.Module) -> None:
         dist.all_reduce(p.grad)
         p.grad /= world()[1]
 
-# %% ../nbs/10_training.ipynb #86f4f1de
+# %% ../nbs/10_training.ipynb #4624092d
 def write_atomically(path: Path, text: str) -> None:
     "Write so that whoever reads finds the old text or the new one, never half of it."
     partial = path.with_name(f".{path.name}.partial")
@@ -137,7 +133,7 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(f.fileno())
     os.replace(partial, path)
 
-# %% ../nbs/10_training.ipynb #b77d19a1
+# %% ../nbs/10_training.ipynb #00317908
 def append_row(path: Path, row: dict) -> None:
     "Add one row to a `.jsonl` file."
     with open(path, "a") as f: f.write(json.dumps(row) + "\n")
@@ -151,7 +147,7 @@ def read_rows(path: Path) -> list[dict]:
         except json.JSONDecodeError: break
     return rows
 
-# %% ../nbs/10_training.ipynb #e604aabd
+# %% ../nbs/10_training.ipynb #151571fa
 class Checkpoints:
     "A folder of numbered checkpoints, each written whole or not at all."
     def __init__(self, folder: str | Path,  # where the numbered folders are
@@ -188,7 +184,7 @@ class Checkpoints:
         except (OSError, ValueError, SafetensorError) as e:
             raise ValueError(f"checkpoint {newest} cannot be read: {e}; remove it to use the one before") from e
 
-# %% ../nbs/10_training.ipynb #1ec8101f
+# %% ../nbs/10_training.ipynb #18a73238
 def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "The optimiser's state as named tensors, for safetensors."
     return {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
@@ -202,7 +198,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
-# %% ../nbs/10_training.ipynb #9dd6fd0a
+# %% ../nbs/10_training.ipynb #1da0f294
 def kept(
     folder: str | Path | None,  # where; None: nowhere, train
     name: str,  # of the file, without its ending
@@ -219,7 +215,7 @@ def kept(
             os.replace(path.with_suffix(".partial"), path)
     return network.requires_grad_(False).eval()
 
-# %% ../nbs/10_training.ipynb #f8110344
+# %% ../nbs/10_training.ipynb #14beb6f6
 def run_config(
     algorithm: Algorithm,
     settings: TrainSettings,
@@ -261,7 +257,7 @@ def open_run(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(config, indent=1))
 
-# %% ../nbs/10_training.ipynb #fed100bf
+# %% ../nbs/10_training.ipynb #3fb2b528
 class Trainer:
     "A run: policy, optimiser and average, one `step` an iteration, and the folder that remembers it."
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings(),
@@ -385,7 +381,7 @@ class Trainer:
             raise
         finally: bar.close()
 
-# %% ../nbs/10_training.ipynb #fb25f625
+# %% ../nbs/10_training.ipynb #452b14c6
 def plot_run(
     rows: list[dict],  # of metrics.jsonl
     evals: list[dict],  # of eval.jsonl
