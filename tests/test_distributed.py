@@ -6,9 +6,9 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import TinyTask, assert_same_outcome, weights
 from torch import multiprocessing
 
-from helpers import TinyTask, assert_same_outcome, weights
 from neighbor_grpo import training
 from neighbor_grpo.algorithms import FlowGRPO, NeighborGRPO
 from neighbor_grpo.training import Checkpoints, Trainer, TrainSettings, gather, read_rows
