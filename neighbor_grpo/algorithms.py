@@ -6,7 +6,7 @@
 __all__ = ['ALGORITHMS', 'take', 'Rollout', 'States', 'check_types', 'Algorithm', 'NeighborGRPO', 'SDEGRPO', 'FlowGRPO',
            'DanceGRPO']
 
-# %% ../nbs/09_algorithms.ipynb #6d96917e
+# %% ../nbs/09_algorithms.ipynb #eb5775ef
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .reweighting import quasi_norm
 from .sde import dance_sde, flow_sde, gaussian_log_prob, solve_sde
 from .solvers import Trajectory, euler_step, solve
 
-# %% ../nbs/09_algorithms.ipynb #35ad9f6d
+# %% ../nbs/09_algorithms.ipynb #5b4a1002
 def take(
     cond: object,  # None, a tensor with P rows, or a dict, list or tuple of such
     rows: Tensor,  # (N,) which rows
@@ -38,7 +38,7 @@ def take(
             "None, a tensor, or a dict, list or tuple of tensors")
     return type(cond)(take(v, rows) for v in cond)
 
-# %% ../nbs/09_algorithms.ipynb #d0852096
+# %% ../nbs/09_algorithms.ipynb #0344de39
 @dataclass(frozen=True)
 class Rollout:
     "What the old policy did: every state and velocity of every candidate."
@@ -58,7 +58,7 @@ class Rollout:
         "(P, G, *shape) the states at the end of the grid."
         return self.x[-1]
 
-# %% ../nbs/09_algorithms.ipynb #a169d339
+# %% ../nbs/09_algorithms.ipynb #bc16c359
 @dataclass(frozen=True)
 class States:
     "A batch of trained states, by number: candidate `member` of group `prompt` before solver step `step`."
@@ -89,7 +89,7 @@ class States:
         "`(T or T+1, P, G, *shape) -> (M, *shape)`."
         return values[self.step, self.prompt, self.member]
 
-# %% ../nbs/09_algorithms.ipynb #59f74acd
+# %% ../nbs/09_algorithms.ipynb #fd96b754
 def check_types(
     settings: object,  # a dataclass of integers, floats, booleans and `Literal` choices
 ) -> None:
@@ -103,7 +103,7 @@ def check_types(
         elif hint is int: require(number and isinstance(value, int), name, value, "an integer")
         else: require(number and math.isfinite(value), name, value, "a finite number")
 
-# %% ../nbs/09_algorithms.ipynb #36ea8293
+# %% ../nbs/09_algorithms.ipynb #187a3061
 @dataclass(frozen=True)
 class Algorithm:
     "What all algorithms share. A subclass says how to roll out, which states to train and with what probability."
@@ -137,6 +137,7 @@ class Algorithm:
     ) -> Rollout:
         "Sample a group for each prompt, without gradient."
         groups, size = len(noise), self.group_size
+        noise = noise.to(torch.promote_types(noise.dtype, torch.float32))  # states never drift in half precision
         start = self.initial_noise(noise, generator).flatten(0, 1)
         rows = torch.arange(groups).repeat_interleave(size)
         with torch.no_grad():
@@ -164,7 +165,7 @@ class Algorithm:
             x, t, cond = states.of(rollout.x), rollout.ts[states.step], take(rollout.cond, states.prompt)
             v = velocity(x, t, cond)
             log_prob = self.log_prob(rollout, states, v)
-            old = log_prob.detach() if on_policy else self.old_log_prob(rollout, states)
+            old = self.old_log_prob(rollout, states, log_prob if on_policy else None)
             gain = clipped_surrogate(log_prob, old, self.weigh(advantages, states), self.clip_range).sum()
             if stats is not None: stats.add(log_prob, old, self.clip_range, self.entropy(log_prob))
             if self.kl_weight > 0:
@@ -172,9 +173,9 @@ class Algorithm:
                 gain = gain - self.kl_weight * self.divergence(rollout, states, v, v_ref).sum()
             yield -gain / len(trained)
 
-    def old_log_prob(self, rollout: Rollout, states: States) -> Tensor:
-        "The collecting policy's log-probability, from the stored velocities."
-        return self.log_prob(rollout, states, states.of(rollout.v))
+    def old_log_prob(self, rollout: Rollout, states: States, current: Tensor | None = None) -> Tensor:
+        "The collecting policy's log-probability: `current` while it still is that policy, else from stored velocities."
+        return self.log_prob(rollout, states, states.of(rollout.v)) if current is None else current.detach()
 
     def entropy(self, log_prob: Tensor) -> Tensor | None:
         "Entropy of the policy at each state, where it is worth watching."
@@ -185,7 +186,7 @@ class Algorithm:
         "Evaluations without gradient, per sample."
         return self.steps
 
-# %% ../nbs/09_algorithms.ipynb #b585f61e
+# %% ../nbs/09_algorithms.ipynb #f13f1044
 @dataclass(frozen=True)
 class NeighborGRPO(Algorithm):
     "Neighbor GRPO (arXiv 2511.16955): ODE rollouts of neighbouring noises, a softmax over distances to few anchors."
@@ -249,9 +250,9 @@ class NeighborGRPO(Algorithm):
         x, k = states.of(rollout.x), states.step
         return self.leap(rollout, states, euler_step(x, v, rollout.ts[k], rollout.ts[k + 1]))
 
-    def old_log_prob(self, rollout: Rollout, states: States) -> Tensor:
+    def old_log_prob(self, rollout: Rollout, states: States, current: Tensor | None = None) -> Tensor:
         "(M, G): the same under the collecting policy, as `old_anchor` reads it."
-        if self.old_anchor == "euler": return super().old_log_prob(rollout, states)
+        if self.old_anchor == "euler": return super().old_log_prob(rollout, states, current)
         return self.leap(rollout, states, states.of(rollout.x[1:]))
 
     def leap(self, rollout: Rollout, states: States, anchor: Tensor) -> Tensor:
@@ -281,7 +282,7 @@ class NeighborGRPO(Algorithm):
         "Evaluations with gradient, per sample, averaged over the group."
         return self.anchors * self.trained_steps / self.group_size
 
-# %% ../nbs/09_algorithms.ipynb #51c0c4e2
+# %% ../nbs/09_algorithms.ipynb #2074fe1c
 @dataclass(frozen=True)
 class SDEGRPO(Algorithm):
     "What SDE-based algorithms share: Gaussian steps, and each candidate's own density."
@@ -343,7 +344,7 @@ class SDEGRPO(Algorithm):
         "Evaluations with gradient, per sample."
         return float(self.trained_steps)
 
-# %% ../nbs/09_algorithms.ipynb #eff4f602
+# %% ../nbs/09_algorithms.ipynb #ee6642d5
 @dataclass(frozen=True)
 class FlowGRPO(SDEGRPO):
     "Flow-GRPO (arXiv 2505.05470): noise that grows towards t = 1, independent initial noises."
@@ -364,7 +365,7 @@ class FlowGRPO(SDEGRPO):
         "Mean and standard deviation of one noisy step."
         return flow_sde(x, v, t, t_next, self.noise_level, t_max)
 
-# %% ../nbs/09_algorithms.ipynb #12bc7492
+# %% ../nbs/09_algorithms.ipynb #76989a2d
 @dataclass(frozen=True)
 class DanceGRPO(SDEGRPO):
     "DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained, one noise a group."
@@ -385,5 +386,5 @@ class DanceGRPO(SDEGRPO):
         "Mean and standard deviation of one noisy step."
         return dance_sde(x, v, t, t_next, self.eta)
 
-# %% ../nbs/09_algorithms.ipynb #aaa5303f
+# %% ../nbs/09_algorithms.ipynb #2f2016c9
 ALGORITHMS = {"neighbor": NeighborGRPO, "flow": FlowGRPO, "dance": DanceGRPO}
