@@ -1,0 +1,189 @@
+"""Wrong calls and wrong command lines: each error names the argument, its value and what is allowed."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import PointwiseVelocity, TinyTask
+
+from neighbor_grpo.algorithms import DanceGRPO, FlowGRPO, NeighborGRPO, take
+from neighbor_grpo.anchors import distance_spread, sample_anchors, sample_subsets
+from neighbor_grpo.benchmark import CostTask, measure
+from neighbor_grpo.cli import main
+from neighbor_grpo.digits import DigitsSettings
+from neighbor_grpo.flow import denoised, interpolate, randn, seeded, time_grid
+from neighbor_grpo.grpo import clipped_surrogate, combine_rewards, group_advantages
+from neighbor_grpo.leaping import leaping_log_probs
+from neighbor_grpo.neighbors import neighbor_noise
+from neighbor_grpo.reweighting import quasi_norm
+from neighbor_grpo.sde import cps, dance_sde, flow_sde, solve_sde
+from neighbor_grpo.solvers import solve
+from neighbor_grpo.toy2d import ToySettings
+from neighbor_grpo.training import Checkpoints, Trainer, TrainSettings
+
+x, group = torch.zeros(3, 2), torch.zeros(3, 4, 2)
+velocity = PointwiseVelocity()
+small = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
+
+
+def losses(algorithm=small, advantages=None, **more):
+    rollout = algorithm.rollout(velocity, x, None, seeded(0))
+    return list(algorithm.losses(velocity, rollout, torch.zeros(3, 4) if advantages is None else advantages, **more))
+
+
+def frozen_task():
+    task = TinyTask()
+    task.policy.requires_grad_(False)
+    return task
+
+
+# What is called, and the fragments of the error.
+CALLS = [
+    (lambda: time_grid(0), "steps", "0", "an integer >= 1"),
+    (lambda: time_grid(2.5), "steps", "2.5", "an integer >= 1"),
+    (lambda: time_grid(8, 0.0), "shift", "0.0", "> 0"),
+    (lambda: time_grid(8, math.nan), "shift", "nan", "> 0"),
+    (lambda: seeded(-1), "seed", "-1", ">= 0"),
+    (lambda: seeded(1.5), "seed", "1.5", "an integer"),
+    (lambda: seeded(0, 3, -2), "key", "-2", ">= 0"),
+    (lambda: randn((3, 2), [seeded(0), seeded(1)]), "generator", "2 generators", "3 rows"),
+    (lambda: randn((3, 2), []), "generator", "0 generators", "3 rows"),
+    (lambda: interpolate(x, x, torch.zeros(2)), "t", "(2,)", "(3,)"),
+    (lambda: denoised(x, x, torch.zeros(3, 1)), "t", "(3, 1)", "(3,)"),
+    (lambda: solve(velocity, x, time_grid(3), method="rk4"), "method", "'rk4'", "euler, heun, dpm++2m, ab2"),
+    (lambda: solve(velocity, x, torch.tensor([0.0, 1.0])), "ts", "[0.0, 1.0]", "descending"),
+    (lambda: solve(velocity, x, torch.tensor([1.0])), "ts", "[1.0]", "at least two"),
+    (lambda: solve(velocity, x, torch.tensor([1.5, 0.0])), "ts", "1.5", "[0, 1]"),
+    (lambda: solve(velocity, x, torch.tensor([1.0, math.nan, 0.0])), "ts", "nan", "descending"),
+    (lambda: solve(lambda x, t, c: x[:2], x, time_grid(3)), "velocity", "(2, 2)", "(3, 2)"),
+    (lambda: solve_sde(velocity, x, time_grid(3), dance_sde, noisy=[True]), "noisy", "1 ", "3"),
+    (lambda: solve_sde(velocity, x, torch.tensor([0.0, 1.0]), dance_sde), "ts", "[0.0, 1.0]", "descending"),
+    (lambda: flow_sde(x, x, 0.5, 0.4, -0.7), "noise_level", "-0.7", ">= 0"),
+    (lambda: dance_sde(x, x, 0.5, 0.4, -0.3), "eta", "-0.3", ">= 0"),
+    (lambda: cps(x, x, 0.5, 0.4, 1.5), "noise_level", "1.5", "[0, 1]"),
+    (lambda: group_advantages(torch.zeros(4)), "rewards", "(4,)", "(P, G)"),
+    (lambda: group_advantages(torch.zeros(4, 1)), "rewards", "(4, 1)", "G >= 2"),
+    (lambda: group_advantages(torch.tensor([[0.0, math.inf]])), "rewards", "inf", "finite"),
+    (lambda: combine_rewards([torch.zeros(2, 3), torch.zeros(2, 4)]), "rewards", "(2, 4)", "one shape"),
+    (lambda: combine_rewards([]), "rewards", "[]", "at least one"),
+    (lambda: combine_rewards([torch.zeros(2, 3)], [1, 2]), "weights", "2 weights", "1 reward"),
+    (lambda: clipped_surrogate(x, x, 1.0, 0.0), "clip_range", "0.0", "(0, 1)"),
+    (lambda: neighbor_noise(x, 4, 0.0), "sigma", "0.0", "(0, 1]"),
+    (lambda: neighbor_noise(x, 4, 1.2), "sigma", "1.2", "(0, 1]"),
+    (lambda: neighbor_noise(x, 0), "group_size", "0", ">= 1"),
+    (lambda: neighbor_noise(x, 4, 0.3, [seeded(0)]), "generator", "1 generators", "3"),
+    (lambda: leaping_log_probs(group, x, 0.0), "temperature", "0.0", "> 0"),
+    (lambda: leaping_log_probs(group, x, math.inf), "temperature", "inf", "finite"),
+    (lambda: leaping_log_probs(group, x, 1.0, "max"), "reduction", "'max'", "'mean' or 'sum'"),
+    (lambda: leaping_log_probs(group, x[:2]), "anchor", "(2, 2)", "(3, 4, 2)"),
+    (lambda: sample_anchors(3, 4, 5), "anchors", "5", "[1, 4]"),
+    (lambda: sample_anchors(3, 4, 0), "anchors", "0", "[1, 4]"),
+    (lambda: sample_subsets(3, 4, 2, [seeded(0)]), "generator", "1 generators", "3"),
+    (lambda: distance_spread(x), "candidates", "(3, 2)", "(P, G, *shape)"),
+    (lambda: quasi_norm(x, 0.0), "p", "0.0", "(0, 2]"),
+    (lambda: quasi_norm(x, 2.5), "p", "2.5", "(0, 2]"),
+    (lambda: quasi_norm(torch.zeros(3)), "advantages", "(3,)", "(P, G)"),
+    (lambda: take("a cat", torch.tensor([0])), "cond", "str", "tensor"),
+    (lambda: NeighborGRPO(group_size=1), "group_size", "1", ">= 2"),
+    (lambda: NeighborGRPO(group_size=12.0), "group_size", "12.0", "an integer"),
+    (lambda: NeighborGRPO(anchors=13), "anchors", "13", "[1, 12]"),
+    (lambda: NeighborGRPO(trained_steps=9), "trained_steps", "9", "[1, 8]"),
+    (lambda: NeighborGRPO(steps=0, trained_steps=0), "steps", "0", "an integer >= 1"),
+    (lambda: NeighborGRPO(method="rk4"), "method", "'rk4'", "euler, heun, dpm++2m, ab2"),
+    (lambda: NeighborGRPO(train_where="middle"), "train_where", "'middle'", "random, first, last"),
+    (lambda: NeighborGRPO(sigma=math.nan), "sigma", "nan", "finite"),
+    (lambda: NeighborGRPO(temperature=0.0), "temperature", "0.0", "> 0"),
+    (lambda: NeighborGRPO(p=3.0), "p", "3.0", "(0, 2]"),
+    (lambda: NeighborGRPO(rescale="yes"), "rescale", "'yes'", "True or False"),
+    (lambda: NeighborGRPO(clip_range=1.0), "clip_range", "1.0", "(0, 1)"),
+    (lambda: NeighborGRPO(kl_weight=-0.1), "kl_weight", "-0.1", ">= 0"),
+    (lambda: NeighborGRPO(micro_batch=-1), "micro_batch", "-1", ">= 0"),
+    (lambda: FlowGRPO(trained_steps=10), "trained_steps", "10", "[1, 9]"),
+    (lambda: FlowGRPO(noise_level=0.0), "noise_level", "0.0", "> 0"),
+    (lambda: DanceGRPO(eta=0.0), "eta", "0.0", "> 0"),
+    (lambda: DanceGRPO(advantage_clip=0.0), "advantage_clip", "0.0", "> 0"),
+    (lambda: losses(advantages=torch.zeros(4, 3)), "advantages", "(4, 3)", "(3, 4)"),
+    (lambda: losses(replace(small, kl_weight=0.1)), "reference", "None", "kl_weight > 0"),
+    (lambda: TrainSettings(iterations=0), "iterations", "0", ">= 1"),
+    (lambda: TrainSettings(groups=2.5), "groups", "2.5", "an integer"),
+    (lambda: TrainSettings(updates=0), "updates", "0", ">= 1"),
+    (lambda: TrainSettings(lr=0.0), "lr", "0.0", "> 0"),
+    (lambda: TrainSettings(lr="fast"), "lr", "'fast'", "a finite number"),
+    (lambda: TrainSettings(max_grad_norm=math.inf), "max_grad_norm", "inf", "finite"),
+    (lambda: TrainSettings(weight_decay=-1.0), "weight_decay", "-1.0", ">= 0"),
+    (lambda: TrainSettings(ema=1.0), "ema", "1.0", "[0, 1)"),
+    (lambda: TrainSettings(seed=-1), "seed", "-1", ">= 0"),
+    (lambda: TrainSettings(keep=0), "keep", "0", ">= 1"),
+    (lambda: Trainer(frozen_task(), small), "task.policy", "ShiftedMLP", "require a gradient"),
+    (lambda: ToySettings(target=8), "target", "8", "0 ... 7"),
+    (lambda: ToySettings(width=0.0), "width", "0.0", "> 0"),
+    (lambda: ToySettings(eval_samples=0), "eval_samples", "0", ">= 1"),
+    (lambda: DigitsSettings(reward="colour"), "reward", "'colour'", "class"),
+    (lambda: DigitsSettings(target=10), "target", "10", "0 ... 9"),
+    (lambda: DigitsSettings(eval_samples=10), "eval_samples", "10", ">= 64"),
+    (lambda: CostTask("sd3"), "network", "'sd3'", "'digits' or 'toy'"),
+    (lambda: measure([small], iterations=0), "iterations", "0", ">= 1"),
+]
+
+
+@pytest.mark.parametrize("case", CALLS, ids=lambda case: "-".join(case[1:3]))
+def test_wrong_call(case):
+    call, name, value, allowed = case
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert message.startswith(name) and value in message and allowed in message, message
+
+
+def test_missing_checkpoint_names_the_folder(tmp_path):
+    with pytest.raises(ValueError, match="folder") as error:
+        Checkpoints(tmp_path / "none").load()
+    assert str(tmp_path / "none") in str(error.value)
+
+
+# A command line, and the fragments of the one line on standard error.
+COMMAND_LINES = [
+    ("fly", "command", "'fly'", "train, evaluate, sample, bench"),
+    ("train sculptures", "task", "'sculptures'", "digits, toy"),
+    ("train toy --algorithm ppo", "--algorithm", "'ppo'", "neighbor, flow, dance"),
+    ("train toy --groups none", "groups", "none", "int"),
+    ("train toy --groups 0", "groups", "0", ">= 1"),
+    ("train toy --groups 2.5", "groups", "2.5", "int"),
+    ("train toy --lr -1", "lr", "-1", "> 0"),
+    ("train toy --lr nan", "lr", "nan", "float"),
+    ("train toy --sigma 1.5", "sigma", "1.5", "(0, 1]"),
+    ("train toy --anchors 13", "anchors", "13", "[1, 12]"),
+    ("train toy --trained_steps 9", "trained_steps", "9", "[1, 8]"),
+    ("train toy --method rk4", "method", "rk4", "heun"),
+    ("train toy --rescale maybe", "rescale", "maybe", "bool"),
+    ("train toy --no-such 3", "unrecognized", "--no-such", "3"),
+    ("train toy --pretrain_steps 1 --iterations 1 --sigm 0.3", "unrecognized", "--sigm", "0.3"),
+    ("train toy --pretrain_steps 1 --iterations 1 --algo dance", "unrecognized", "--algo", "dance"),
+    ("train toy --algorithm flow --sigma 0.3", "unrecognized", "--sigma", "0.3"),
+    ("train toy extra", "unrecognized", "extra", ""),
+    ("train toy --iterations", "--iterations", "expected one argument", ""),
+    ("train toy --target 9", "target", "9", "0 ... 7"),
+    ("train digits --reward colour", "reward", "colour", "ink"),
+    ("train digits --eval_samples 3", "eval_samples", "3", ">= 64"),
+    ("train toy --resume", "--out", "None", "--resume"),
+    ("train toy --resume --out nowhere", "out", "'nowhere'", "config.json"),
+    ("evaluate", "required", "dir", ""),
+    ("evaluate nowhere", "DIR", "'nowhere'", "config.json"),
+    ("sample nowhere", "DIR", "'nowhere'", "config.json"),
+    ("bench --network sd3", "--network", "'sd3'", "digits"),
+    ("bench --iterations 0", "iterations", "0", ">= 1"),
+    ("bench --groups 0", "groups", "0", ">= 1"),
+]
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES, ids=lambda case: case[0])
+def test_wrong_command_line(case, tmp_path, monkeypatch, capsys):
+    line, *fragments = case
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) not in (0, None)
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 1 and printed.out == ""
+    assert printed.err.startswith("neighbor-grpo: ")
+    assert all(fragment in printed.err for fragment in fragments), printed.err
+    assert list(tmp_path.iterdir()) == []
