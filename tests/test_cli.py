@@ -1,0 +1,177 @@
+"""The command line end to end: what it prints, what it leaves, what it says it can do."""
+
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from neighbor_grpo.algorithms import ALGORITHMS
+from neighbor_grpo.cli import DEFAULTS, TASKS, main
+from neighbor_grpo.training import Checkpoints, TrainSettings, read_rows
+
+TOY = "train toy --quiet --pretrain_steps 60 --eval_samples 100 --iterations 12 --groups 2 --group_size 4 --anchors 2"
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    "A short toy run, made by the command line in another process: its folder and what was printed."
+    folder = tmp_path_factory.mktemp("cli")
+    code = "import sys; from neighbor_grpo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *TOY.split(), "--ema", "0.5"]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert [path.name for path in folder.iterdir()] == ["runs"]  # nothing is written outside the run folder
+    return folder / "runs" / "toy-neighbor-seed0", process
+
+
+def test_train_leaves_a_complete_run_folder(run_folder):
+    folder, process = run_folder
+    names = {path.name for path in folder.iterdir()}
+    expected = {"config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "reward.png", "samples.png"}
+    assert names == {*expected, "base.safetensors"}
+    assert process.stdout.splitlines()[-1] == "run folder: runs/toy-neighbor-seed0"
+    assert [row["iteration"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, 13))
+    assert [row["iteration"] for row in read_rows(folder / "eval.jsonl")] == [0, 10, 12]
+    assert Checkpoints(folder / "checkpoints").numbers() == [10, 12]
+    assert all((folder / name).read_bytes().startswith(PNG) for name in ("reward.png", "samples.png"))
+
+
+def test_config_repeats_the_run(run_folder):
+    config = json.loads((run_folder[0] / "config.json").read_text())
+    assert config["task_name"] == "toy" and config["task"]["pretrain_steps"] == 60
+    assert config["algorithm_name"] == "NeighborGRPO" and config["algorithm"]["anchors"] == 2
+    assert config["training"]["groups"] == 2 and config["training"]["ema"] == 0.5
+    assert set(config["versions"]) == {"neighbor_grpo", "torch", "python"}
+
+
+def test_train_prints_figures_before_and_after(run_folder):
+    folder, process = run_folder
+    evals = read_rows(folder / "eval.jsonl")
+    header, before, after = process.stdout.splitlines()[-4:-1]
+    assert header.split() == ["reward", "share", "spread"]
+    for line, name, row in ((before, "before", evals[0]), (after, "after", evals[-1])):
+        assert line.split() == [name, *(f"{row[key]:.4g}" for key in header.split())]
+
+
+def test_evaluate_prints_the_figures_of_the_newest_checkpoint(run_folder, capsys):
+    folder, _ = run_folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main(["evaluate", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    last = read_rows(folder / "eval.jsonl")[-1]
+    assert lines[-1].split() == ["at", "12", *(f"{last[key]:.4g}" for key in ("reward", "share", "spread"))]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_sample_draws_into_the_run_folder(run_folder, capsys):
+    folder, _ = run_folder
+    assert main(["sample", str(folder)]) == 0
+    path = folder / "samples-000012.png"
+    assert capsys.readouterr().out.strip() == str(path) and path.read_bytes().startswith(PNG)
+    path.unlink()
+
+
+def test_a_second_run_takes_the_next_free_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = f"{TOY} --iterations 1 --pretrain_steps 5".split()
+    assert [main(short), main(short)] == [0, 0]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["toy-neighbor-seed0", "toy-neighbor-seed0-2"]
+    assert capsys.readouterr().out.count("run folder: ") == 2
+
+
+def test_resume_goes_on_to_more_iterations(run_folder, tmp_path, capsys):
+    short, out = f"{TOY} --ema 0.5 --out {tmp_path / 'run'}", tmp_path / "run"
+    assert main([*short.replace("--iterations 12", "--iterations 10").split()]) == 0
+    assert main([*short.split(), "--resume"]) == 0
+    timeless = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in read_rows(folder / "metrics.jsonl")]
+        for folder in (out, run_folder[0])
+    ]
+    assert timeless[0] == timeless[1]
+    assert read_rows(out / "eval.jsonl") == read_rows(run_folder[0] / "eval.jsonl")
+
+
+def test_a_taken_folder_is_refused_and_left_alone(run_folder, capsys):
+    folder, _ = run_folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main([*TOY.split(), "--out", str(folder)]) != 0
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and str(folder) in error and "resume" in error
+    assert main([*TOY.split(), "--out", str(folder), "--resume", "--lr", "0.5"]) != 0
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and all(part in error for part in ("lr", "0.5", "0.001"))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("algorithm", ["flow", "dance"])
+def test_every_algorithm_trains(algorithm, tmp_path, capsys):
+    out = tmp_path / algorithm
+    line = f"train toy --algorithm {algorithm} --quiet --pretrain_steps 5 --eval_samples 50 --iterations 2 --out {out}"
+    assert main(line.split()) == 0
+    assert json.loads((out / "config.json").read_text())["algorithm_name"] == ALGORITHMS[algorithm].__name__
+
+
+def test_bench_prints_a_table(capsys):
+    assert main("bench --network toy --iterations 1 --groups 1".split()) == 0
+    header, rule, *rows = capsys.readouterr().out.strip().splitlines()
+    assert header.startswith("| algorithm |") and set(rule) <= set("|- ")
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["NeighborGRPO", "FlowGRPO", "DanceGRPO"]
+    assert [row[1] for row in cells] == ["8", "10", "25"] and [row[2] for row in cells] == ["1.33", "9", "14"]
+    assert [row[3] for row in cells] == ["12", "37", "67"]  # forward-equivalents
+    assert len({len(row) for row in cells}) == 1 and all(float(row[4]) > 0 for row in cells)
+
+
+# --- help ---
+
+
+def field_docs(settings):
+    "The docstring below each field of a dataclass and of those that it inherits from, the nearest first."
+    docs = {}
+    for cls in reversed([c for c in settings.__mro__ if dataclasses.is_dataclass(c)]):
+        body = ast.parse(inspect.getsource(cls)).body[0].body
+        for field, doc in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr):
+                docs[field.target.id] = ast.literal_eval(doc.value)
+    return docs
+
+
+def solid(text):
+    "Without white space, which help breaks lines with."
+    return re.sub(r"\s+", "", text)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("task", TASKS)
+def test_help_shows_every_setting_with_its_default_and_meaning(task, algorithm, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", task, "--algorithm", algorithm, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    _, *options = re.split(r"^  --", printed, flags=re.MULTILINE)
+    options = {option.split()[0].rstrip(","): solid(option) for option in options}
+    for settings in (TASKS[task][1], ALGORITHMS[algorithm], TrainSettings):
+        docs = field_docs(settings)
+        for field in dataclasses.fields(settings):
+            default = DEFAULTS[task].get(field.name, field.default)
+            assert solid(docs[field.name]) in options[field.name], field.name
+            assert f"default:{default})" in options[field.name], field.name
+
+
+def test_overview_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(
+        re.search(rf"^  {command} .+\.$", printed, re.MULTILINE) for command in ("train", "evaluate", "sample", "bench")
+    )
+
+
+def test_no_command_is_not_success(capsys):
+    assert main([]) != 0
+    assert "usage" in "".join(capsys.readouterr())
