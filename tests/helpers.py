@@ -140,18 +140,15 @@ def outcome(folder):
     return flat, {"state": state, "metrics": metrics, "evals": read_rows(folder / "eval.jsonl")}
 
 
-def assert_same_outcome(folder, expected):
-    "Bit by bit."
+def differences(folder, expected):
+    "What two runs do not have in common, bit by bit."
     (tensors, rest), (expected_tensors, expected_rest) = outcome(folder), outcome(expected)
-    assert rest == expected_rest
-    assert tensors.keys() == expected_tensors.keys()
-    assert [name for name, value in tensors.items() if not torch.equal(value, expected_tensors[name])] == []
+    names = tensors.keys() & expected_tensors.keys()
+    found = sorted(tensors.keys() ^ expected_tensors.keys())
+    found += [name for name in sorted(names) if not torch.equal(tensors[name], expected_tensors[name])]
+    return found + [f"{key}: {rest[key]}" for key in rest if rest[key] != expected_rest[key]]
 
 
-def same_outcome(folder, expected):
-    "Whether two runs ended alike, bit by bit."
-    try:
-        assert_same_outcome(folder, expected)
-    except AssertionError:
-        return False
-    return True
+def assert_same_outcome(folder, expected):
+    found = differences(folder, expected)
+    assert not found, found

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import safetensors.torch
 import torch
-from helpers import TinyTask, assert_same_outcome, outcome, same_outcome, weights
+from helpers import TinyTask, assert_same_outcome, differences, outcome, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -325,8 +325,8 @@ def test_killed_at_any_touch_of_the_disk_and_resumed(tmp_path, tmp_path_factory,
         if Checkpoints(folder / "checkpoints").numbers():
             Checkpoints(folder / "checkpoints").load()  # the newest can be read
         run(folder, iterations=3, checkpoint_every=1, resume=(folder / "config.json").exists())
-        if not same_outcome(folder, tmp_path / "whole"):
-            different[last] = "another outcome"
+        if differences(folder, tmp_path / "whole"):
+            different[last] = differences(folder, tmp_path / "whole")
         elif {path.name for path in (folder / "checkpoints").iterdir()} != {"000002", "000003"}:
             different[last] = "other checkpoints"
     assert not different
