@@ -24,6 +24,7 @@ SETTINGS = """--quiet --pretrain_steps 20 --eval_samples 64 --eval_every 10 --ch
 HOST = """
 import json, os, sys, time
 import safetensors.torch, torch
+import torch._dynamo  # which AdamW imports: once for all processes
 from neighbor_grpo import cli, training
 from neighbor_grpo.digits import DigitsTask
 
