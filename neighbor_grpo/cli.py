@@ -7,15 +7,14 @@ __all__ = ['TASKS', 'DEFAULTS', 'COMMANDS', 'descriptions', 'Parser', 'convert',
            'first_free', 'read_config', 'read_command', 'print_figures', 'train', 'load_run', 'run_folder', 'evaluate',
            'sample', 'bench', 'main']
 
-# %% ../nbs/19_launch.ipynb #350e2db3
+# %% ../nbs/19_launch.ipynb #4987f073
 import argparse
 import ast
 import difflib
 import inspect
 import json
-import re
+import math
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -28,23 +27,23 @@ from .flow import Velocity, require
 from .toy2d import ToySettings, ToyTask
 from .training import Checkpoints, Trainer, TrainSettings, open_run, plot_run, run_config
 
-# %% ../nbs/19_launch.ipynb #2948833e
+# %% ../nbs/19_launch.ipynb #7d544e09
 TASKS = {"digits": (DigitsTask, DigitsSettings), "toy": (ToyTask, ToySettings)}
 DEFAULTS = {"digits": dict(iterations=100, lr=2e-4, kl_weight=0.02, ema=0.9), "toy": dict(iterations=200, groups=8)}
 
-# %% ../nbs/19_launch.ipynb #d5f874a0
+# %% ../nbs/19_launch.ipynb #dfb3c0d4
 def descriptions(
     cls: type,  # a dataclass of settings
 ) -> dict[str, str]:  # field name to documentation
     "The line of documentation under each field of a dataclass and of its parents."
     found = {}
     for parent in reversed(cls.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
-        for field, text in zip(body, body[1:]):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr): found[field.target.id] = text.value.value
+        body = ast.parse(inspect.getsource(parent)).body[0].body
+        found |= {a.target.id: b.value.value for a, b in zip(body, body[1:])
+                  if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
     return found
 
-# %% ../nbs/19_launch.ipynb #db2a68b6
+# %% ../nbs/19_launch.ipynb #a9c46187
 class Parser(argparse.ArgumentParser):
     "Raises in one line where something is wrong, accepts no abbreviations, and suggests what may have been meant."
     def __init__(self, **options):
@@ -53,34 +52,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message)
 
-    def parse_known_args(self, args=None, namespace=None):
-        names = [re.sub("^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in args]
-        return super().parse_known_args(names, namespace)
-
     def parse_args(self, args=None, namespace=None):
         values, unknown = self.parse_known_args(args, namespace)
         if not unknown: return values
-        name, names = unknown[0].split("=")[0], [option.strip("-") for option in self._option_string_actions]
-        near = [n for n in names if name.startswith("--") and n.startswith(name[2:])]
-        near = near or difflib.get_close_matches(name.strip("-"), names, 1)
-        hint = f"did you mean --{near[0]}?" if near else f"see {self.prog} --help"
-        raise ValueError(f"{name} is not an argument of {self.prog}; {hint}")
+        name, options = unknown[0].split("=")[0], list(self._option_string_actions)
+        near = [o for o in options if name[:2] == "--" and o.startswith(name)]
+        near = near or difflib.get_close_matches(name, options, 1, 0.75)
+        hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+        raise ValueError(f"unrecognized: {' '.join(unknown)}; {hint}")
 
-# %% ../nbs/19_launch.ipynb #4683e113
+# %% ../nbs/19_launch.ipynb #4fdfdfa7
 def convert(
     name: str,  # of the setting, for the message
     hint: type,  # int, float, bool, or a Literal of strings
     text: str,  # from the command line
 ) -> object:  # the value
     "The value of a setting from its text."
-    choices = ("true", "false") if hint is bool else get_args(hint)
-    if choices:
-        require(text in choices, name, text, f"one of {', '.join(choices)}")
-        return text == "true" if hint is bool else text
-    try: return hint(text)
-    except ValueError: require(False, name, text, "an integer" if hint is int else "a number")
+    choices = {"true": True, "false": False} if hint is bool else {c: c for c in get_args(hint)}
+    try: value = choices[text] if choices else hint(text)
+    except (KeyError, ValueError): value = math.nan
+    kind = "a bool, true or false" if hint is bool else f"one of {', '.join(choices)}"
+    require(value == value, name, text, kind if choices else {int: "an int", float: "a finite float"}[hint])
+    return value
 
-# %% ../nbs/19_launch.ipynb #78fb10ae
+# %% ../nbs/19_launch.ipynb #70c1000c
 def pick(
     cls: type,  # a dataclass of settings
     values: dict,  # texts of the command line by name; None where nothing was given
@@ -91,12 +86,12 @@ def pick(
     given = {n: convert(f"--{n}", hint, values[n]) for n, hint in hints.items() if values.get(n) is not None}
     return cls(**{**{n: v for n, v in (defaults or {}).items() if n in hints}, **given})
 
-# %% ../nbs/19_launch.ipynb #7447b1dd
+# %% ../nbs/19_launch.ipynb #1ad3a9b8
 def run_parser() -> Parser:
     "The arguments of `train` that are not settings."
     parser = Parser(add_help=False)
-    parser.add_argument("--algorithm", metavar="NAME", help=f"One of {', '.join(ALGORITHMS)}. Default: neighbor.")
-    parser.add_argument("--out", metavar="DIR", help="Run folder. Default: a new one in runs/.")
+    parser.add_argument("--algorithm", metavar="NAME", help=f"One of {', '.join(ALGORITHMS)}. (default: neighbor)")
+    parser.add_argument("--out", metavar="DIR", help="Run folder. (default: a new one in runs/)")
     parser.add_argument("--resume", action="store_true", help="Continue the run in --out, with its settings.")
     parser.add_argument("--quiet", action="store_true", help="Show no progress bars.")
     return parser
@@ -116,11 +111,11 @@ def train_parser(
         group, docs, hints = parser.add_argument_group(title, cls.__doc__), descriptions(cls), get_type_hints(cls)
         for f in fields(cls):
             choices = "true|false" if hints[f.name] is bool else "|".join(get_args(hints[f.name]))
-            text = f"{docs[f.name]} Default: {defaults.get(f.name, f.default)}".replace("%", "%%")
+            text = f"{docs[f.name]} (default: {defaults.get(f.name, f.default)})".replace("%", "%%")
             group.add_argument(f"--{f.name}", metavar=choices or hints[f.name].__name__, help=text)
     return parser
 
-# %% ../nbs/19_launch.ipynb #b4effbef
+# %% ../nbs/19_launch.ipynb #25dc9330
 def first_free(
     folder: Path,  # as one would like it
 ) -> Path:  # it does not exist
@@ -128,16 +123,17 @@ def first_free(
     if not folder.exists(): return folder
     return next(p for i in range(2, sys.maxsize) if not (p := folder.with_name(f"{folder.name}-{i}")).exists())
 
-# %% ../nbs/19_launch.ipynb #01965e4f
+# %% ../nbs/19_launch.ipynb #4b416be4
 def read_config(
     folder: str | Path,  # of a run
+    name: str = "DIR",  # of the argument, for the message
 ) -> dict:  # as `run_config` made it
     "The configuration of a run."
     path = Path(folder) / "config.json"
-    require(path.exists(), "run folder", str(folder), "a folder with a config.json")
+    require(path.exists(), name, str(folder), "a run folder, with a config.json")
     return json.loads(path.read_text())
 
-# %% ../nbs/19_launch.ipynb #2d367433
+# %% ../nbs/19_launch.ipynb #03b817ef
 def read_command(
     argv: Sequence[str],  # [TASK] [--algorithm NAME] [--setting value ...]
 ) -> tuple[str, tuple, argparse.Namespace]:  # task name; settings of task, algorithm, loop; the other arguments
@@ -145,7 +141,7 @@ def read_command(
     task, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     known = run_parser().parse_known_args(argv)[0]
     require(known.out is not None or not known.resume, "--out", known.out, "the folder of the run to --resume")
-    saved = read_config(known.out) if known.resume else {}
+    saved = read_config(known.out, "--out") if known.resume else {}
     task = task or saved.get("task_name", "digits")
     require(task in TASKS, "task", task, f"one of {', '.join(TASKS)}")
     names = {cls.__name__: name for name, cls in ALGORITHMS.items()}
@@ -158,7 +154,7 @@ def read_command(
     classes = (TASKS[task][1], ALGORITHMS[algorithm], TrainSettings)
     return task, tuple(pick(cls, vars(values), defaults) for cls in classes), values
 
-# %% ../nbs/19_launch.ipynb #681c1fb9
+# %% ../nbs/19_launch.ipynb #3cad94ed
 def print_figures(
     rows: dict[str, dict],  # held-out figures by title
 ) -> None:
@@ -187,7 +183,7 @@ def train(
     print_figures({"before": trainer.evals[0], "after": trainer.evals[-1]})
     print(f"run folder: {out}")
 
-# %% ../nbs/19_launch.ipynb #55be62e1
+# %% ../nbs/19_launch.ipynb #9b1c1a42
 def load_run(
     folder: str | Path,  # of a run
 ) -> tuple[object, Velocity, dict]:  # task, trained velocity, state of its checkpoint
@@ -206,8 +202,8 @@ def run_folder(
 ) -> Path:
     "The one argument of `evaluate` and `sample`."
     parser = Parser(prog=f"neighbor-grpo {command}", description=COMMANDS[command].__doc__)
-    parser.add_argument("DIR", help="Run folder.")
-    return Path(parser.parse_args(argv).DIR)
+    parser.add_argument("dir", help="Run folder.")
+    return Path(parser.parse_args(argv).dir)
 
 
 def evaluate(
@@ -215,7 +211,7 @@ def evaluate(
 ) -> None:
     "Held-out figures of a run's newest checkpoint beside those of its base."
     task, velocity, state = load_run(run_folder("evaluate", argv))
-    print_figures({"base": task.evaluate(task.base), f"iteration {state['iteration']}": task.evaluate(velocity)})
+    print_figures({"before": task.evaluate(task.base), f"at {state['iteration']}": task.evaluate(velocity)})
 
 
 def sample(
@@ -234,18 +230,19 @@ def bench(
 ) -> None:
     "Seconds per iteration at the paper's settings, against the limit from the evaluation counts."
     parser = Parser(prog="neighbor-grpo bench", description=bench.__doc__)
-    parser.add_argument("--network", metavar="NAME", default="digits", help="digits: the U-Net, or toy: the MLP.")
-    counts = dict(iterations=(5, "Timed iterations of each algorithm."), groups=(20, "P, groups of 12 in an iteration."),
-                  micro_batch=(160, "Trained states in the network at once; 0: all."))
-    for name, (value, text) in counts.items():
-        parser.add_argument(f"--{name}", metavar="int", default=str(value), help=f"{text} Default: {value}")
-    parser.add_argument("--clock", metavar="NAME", default="cpu", help="cpu: processor time, or wall. Default: cpu")
+    parser.add_argument("--network", default="digits", help="digits: the U-Net, or toy: the MLP. (default: digits)")
+    parser.add_argument("--clock", default="cpu", help="cpu: processor time, or wall. (default: cpu)")
+    parser.add_argument("--iterations", default="5", help="Timed iterations of each algorithm. (default: 5)")
+    parser.add_argument("--groups", default="20", help="P, groups of 12 in an iteration. (default: 20)")
+    parser.add_argument("--micro_batch", default="160", help="Trained states at once; 0: all. (default: 160)")
     parser.add_argument("--quiet", action="store_true", help="Show no progress bar.")
-    values = parser.parse_args(argv)
-    numbers = {name: convert(f"--{name}", int, getattr(values, name)) for name in counts}
-    print(as_markdown(measure(PAPER_SETTINGS, values.network, **numbers, clock=values.clock, progress=not values.quiet)))
+    values = vars(parser.parse_args(argv))
+    require(values["network"] in TASKS, "--network", values["network"], f"one of {', '.join(TASKS)}")
+    counts = {n: convert(f"--{n}", int, values[n]) for n in ("iterations", "groups", "micro_batch")}
+    rows = measure(PAPER_SETTINGS, values["network"], **counts, clock=values["clock"], progress=not values["quiet"])
+    print(as_markdown(rows))
 
-# %% ../nbs/19_launch.ipynb #9c39677f
+# %% ../nbs/19_launch.ipynb #f34882d9
 COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "bench": bench}
 
 
@@ -262,7 +259,6 @@ def main(
         require(argv[0] in COMMANDS, "command", argv[0], f"one of {', '.join(COMMANDS)}")
         COMMANDS[argv[0]](argv[1:])
         return 0
-    except SystemExit as e: return e.code or 0  # after --help
     except (Exception, KeyboardInterrupt) as e:
         kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
         print(f"neighbor-grpo: {kind}{' '.join(str(e).split())}", file=sys.stderr)
