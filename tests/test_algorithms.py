@@ -105,6 +105,10 @@ def test_stored_old_anchor_is_the_solvers_next_state():
     expected = -(candidates - at[:, None]).square().flatten(2).mean(2)
     torch.testing.assert_close(stored.old_log_prob(rollout, states), expected.log_softmax(1))
     assert (euler.old_log_prob(rollout, states) - expected.log_softmax(1)).abs().max() > 1e-5
+    for on_policy in (True, False):  # the stored state is not where an Euler step leads, on policy either
+        stats = SurrogateStats()
+        total_loss(stored, velocity, rollout, torch.zeros(3, 6), on_policy=on_policy, stats=stats)
+        assert stats.summary()["ratio_max"] > 1 + 1e-6
     rollout, _ = collect(replace(euler, method="euler"), velocity)
     assert torch.equal(euler.old_log_prob(rollout, states), stored.old_log_prob(rollout, states))
 
