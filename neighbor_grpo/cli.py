@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'DEFAULTS', 'COMMANDS', 'descriptions', 'Parser', 'convert',
            'first_free', 'read_config', 'read_command', 'print_figures', 'train', 'load_run', 'run_folder', 'evaluate',
            'sample', 'bench', 'main']
 
-# %% ../nbs/19_launch.ipynb #29a127f3
+# %% ../nbs/19_launch.ipynb #387a420b
 import argparse
 import ast
 import difflib
@@ -20,6 +20,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import torch
+
 from .algorithms import ALGORITHMS
 from .benchmark import PAPER_SETTINGS, as_markdown, measure
 from .digits import DigitsSettings, DigitsTask
@@ -27,11 +29,11 @@ from .flow import Velocity, require
 from .toy2d import ToySettings, ToyTask
 from .training import Checkpoints, Trainer, TrainSettings, open_run, plot_run, run_config
 
-# %% ../nbs/19_launch.ipynb #06e3447c
+# %% ../nbs/19_launch.ipynb #9cea4a35
 TASKS = {"digits": (DigitsTask, DigitsSettings), "toy": (ToyTask, ToySettings)}
 DEFAULTS = {"digits": dict(iterations=100, lr=2e-4, kl_weight=0.02, ema=0.9), "toy": dict(iterations=200, groups=8)}
 
-# %% ../nbs/19_launch.ipynb #12bc0595
+# %% ../nbs/19_launch.ipynb #1e0272a3
 def descriptions(
     cls: type,  # a dataclass of settings
 ) -> dict[str, str]:  # field name to documentation
@@ -43,7 +45,7 @@ def descriptions(
                   if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
     return found
 
-# %% ../nbs/19_launch.ipynb #48476e59
+# %% ../nbs/19_launch.ipynb #3bb84258
 class Parser(argparse.ArgumentParser):
     "Raises in one line where something is wrong, accepts no abbreviations, and suggests what may have been meant."
     def __init__(self, **options):
@@ -61,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
         raise ValueError(f"unrecognized: {' '.join(unknown)}; {hint}")
 
-# %% ../nbs/19_launch.ipynb #d13377ee
+# %% ../nbs/19_launch.ipynb #fe27cef5
 def convert(
     name: str,  # of the setting, for the message
     hint: type,  # int, float, bool, or a Literal of strings
@@ -75,7 +77,7 @@ def convert(
     require(value == value, name, text, kind if choices else {int: "an int", float: "a finite float"}[hint])
     return value
 
-# %% ../nbs/19_launch.ipynb #5cecf0a9
+# %% ../nbs/19_launch.ipynb #e006a053
 def pick(
     cls: type,  # a dataclass of settings
     values: dict,  # texts of the command line by name; None where nothing was given
@@ -86,7 +88,7 @@ def pick(
     given = {n: convert(f"--{n}", hint, values[n]) for n, hint in hints.items() if values.get(n) is not None}
     return cls(**{**{n: v for n, v in (defaults or {}).items() if n in hints}, **given})
 
-# %% ../nbs/19_launch.ipynb #8255bf8a
+# %% ../nbs/19_launch.ipynb #d676b70c
 def run_parser() -> Parser:
     "The arguments of `train` that are not settings."
     parser = Parser(add_help=False)
@@ -115,7 +117,7 @@ def train_parser(
             group.add_argument(f"--{f.name}", metavar=choices or hints[f.name].__name__, help=text)
     return parser
 
-# %% ../nbs/19_launch.ipynb #dd9787df
+# %% ../nbs/19_launch.ipynb #5bb6c790
 def first_free(
     folder: Path,  # as one would like it
 ) -> Path:  # it does not exist
@@ -123,7 +125,7 @@ def first_free(
     if not folder.exists(): return folder
     return next(p for i in range(2, sys.maxsize) if not (p := folder.with_name(f"{folder.name}-{i}")).exists())
 
-# %% ../nbs/19_launch.ipynb #d17ea8fc
+# %% ../nbs/19_launch.ipynb #0d4803c0
 def read_config(
     folder: str | Path,  # of a run
     name: str = "DIR",  # of the argument, for the message
@@ -133,7 +135,7 @@ def read_config(
     require(path.exists(), name, str(folder), "a run folder, with a config.json")
     return json.loads(path.read_text())
 
-# %% ../nbs/19_launch.ipynb #91a684da
+# %% ../nbs/19_launch.ipynb #5b26a072
 def read_command(
     argv: Sequence[str],  # [TASK] [--algorithm NAME] [--setting value ...]
 ) -> tuple[str, tuple, argparse.Namespace]:  # task name; settings of task, algorithm, loop; the other arguments
@@ -154,7 +156,7 @@ def read_command(
     classes = (TASKS[task][1], ALGORITHMS[algorithm], TrainSettings)
     return task, tuple(pick(cls, vars(values), defaults) for cls in classes), values
 
-# %% ../nbs/19_launch.ipynb #5a80e34f
+# %% ../nbs/19_launch.ipynb #7e46b6b2
 def print_figures(
     rows: dict[str, dict],  # held-out figures by title
 ) -> None:
@@ -183,7 +185,7 @@ def train(
     print_figures({"before": trainer.evals[0], "after": trainer.evals[-1]})
     print(f"run folder: {out}")
 
-# %% ../nbs/19_launch.ipynb #15db5843
+# %% ../nbs/19_launch.ipynb #cb2e0eae
 def load_run(
     folder: str | Path,  # of a run
 ) -> tuple[object, Velocity, dict]:  # task, trained velocity, state of its checkpoint
@@ -228,7 +230,7 @@ def sample(
 def bench(
     argv: Sequence[str],  # [--setting value ...]
 ) -> None:
-    "Seconds per iteration at the paper's settings, against the limit from the evaluation counts."
+    "Seconds per iteration on one thread at the paper's settings, against the limit from the evaluation counts."
     parser = Parser(prog="neighbor-grpo bench", description=bench.__doc__)
     parser.add_argument("--network", default="digits", help="digits: the U-Net, or toy: the MLP. (default: digits)")
     parser.add_argument("--clock", default="cpu", help="cpu: processor time, or wall. (default: cpu)")
@@ -239,10 +241,11 @@ def bench(
     values = vars(parser.parse_args(argv))
     require(values["network"] in TASKS, "--network", values["network"], f"one of {', '.join(TASKS)}")
     counts = {n: convert(f"--{n}", int, values[n]) for n in ("iterations", "groups", "micro_batch")}
+    torch.set_num_threads(1)  # what more threads cost depends on who else uses the cores
     rows = measure(PAPER_SETTINGS, values["network"], **counts, clock=values["clock"], progress=not values["quiet"])
     print(as_markdown(rows))
 
-# %% ../nbs/19_launch.ipynb #6a7f85b2
+# %% ../nbs/19_launch.ipynb #5e42f9fb
 COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "bench": bench}
 
 
