@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import weights
 
 from neighbor_grpo.algorithms import NeighborGRPO
 from neighbor_grpo.digits import (
@@ -93,6 +94,17 @@ def test_reward_model_and_judge_see_nothing_of_each_other(folder, monkeypatch):
     keys = [{tuple(image.flatten().tolist()) for image in part} for part in seen]
     assert len(keys) == 2 and not keys[0] & keys[1]
     assert sum(map(len, seen)) == len(images)
+
+
+def test_pretraining_follows_from_its_seed_alone(monkeypatch):
+    monkeypatch.setattr("neighbor_grpo.digits.train_classifier", lambda network, *more, **options: network)
+    tasks = []
+    for seed in (0, 0, 1):
+        torch.rand(3 + len(tasks))
+        tasks.append(DigitsTask(DigitsSettings(pretrain_steps=2), seed=seed, progress=False))
+    for name in ("base", "judge", "reward_model"):
+        first, again, other = (weights(getattr(task, name)) for task in tasks)
+        assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 def test_training_a_classifier_repeats_itself():

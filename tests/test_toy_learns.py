@@ -75,6 +75,14 @@ def test_inverted_rewards_are_avoided(folder):
 # --- the task ---
 
 
+def test_pretraining_follows_from_its_seed_alone():
+    bases = []
+    for seed in (0, 0, 1):
+        torch.rand(3 + len(bases))
+        bases.append(weights(ToyTask(ToySettings(pretrain_steps=3), seed=seed, progress=False).base))
+    assert torch.equal(bases[0], bases[1]) and not torch.equal(bases[0], bases[2])
+
+
 def test_reward_is_a_bell_around_the_target(folder):
     make_task(folder)
     task = ToyTask(ToySettings(target=2, width=0.5), folder / "0", progress=False)

@@ -134,6 +134,20 @@ def test_the_result_does_not_depend_on_the_global_generator():
     assert torch.equal(first, weights(run(task=task).policy))
 
 
+def test_every_iteration_draws_fresh_numbers():
+    seen = []
+
+    class Watched(TinyTask):
+        def reward(self, samples, prompts):
+            if prompts is not None:
+                seen.append((samples, torch.initial_seed()))
+            return super().reward(samples, prompts)
+
+    run(task=Watched(dropout=0.0), lr=1e-9)  # the policy hardly moves: only the noise can make a difference
+    assert len({seed for _, seed in seen}) == len(seen) == 6  # of the global generator, for dropout
+    assert torch.pdist(torch.cat([samples for samples, _ in seen])).min() > 1e-3
+
+
 def test_training_raises_the_held_out_reward():
     trainer = run(task=TinyTask(dropout=0.0), iterations=60, groups=8, updates=1, ema=0.0)
     assert (
