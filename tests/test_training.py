@@ -97,7 +97,7 @@ def test_the_run_folder_remembers_everything(uninterrupted):
     assert config["algorithm_name"] == "NeighborGRPO" and config["algorithm"] == asdict(ALGORITHM)
     assert config["training"] == asdict(SETTINGS) and config["versions"]["torch"] == torch.__version__
     names = {path.name for path in uninterrupted.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "checkpoints"}
+    assert names == {"config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "reference.safetensors"}
     assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {"000004", "000006"}
 
 
