@@ -121,7 +121,9 @@ def wait_for_moment(folder, number, chance):
     wait_for(lambda: (folder / "eval.jsonl").exists() and rows(folder) >= at)
     if number % 2 == 0:
         wait_for(lambda: (folder / "checkpoints" / ".partial").exists())
-    time.sleep(chance.uniform(0, 0.02))
+        time.sleep(chance.uniform(0, 0.03))
+    else:
+        time.sleep(chance.uniform(0, 0.3))
 
 
 def kill(host, pid):
