@@ -536,7 +536,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_broken_reward_stops_the_run_with_the_last_good_checkpoint(name, uninterrupted, tmp_path):
+def test_a_broken_reward_stops_the_run_with_the_last_good_checkpoint(name, tmp_path):
     fault, kind, fragments = FAULTS[name]
     task = Broken(fault)
     with pytest.raises(kind) as error:
