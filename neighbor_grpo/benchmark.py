@@ -6,7 +6,7 @@
 __all__ = ['PAPER_SETTINGS', 'CLOCKS', 'forward_equivalents', 'CostTask', 'wall_time', 'NetworkClock', 'timed_step', 'measure',
            'as_markdown']
 
-# %% ../nbs/18_benchmark.ipynb #4867f6a9
+# %% ../nbs/18_benchmark.ipynb #61dbe399
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from .digits import NULL, UNet
 from .flow import Velocity, VelocityMLP, require
 from .training import Trainer, TrainSettings
 
-# %% ../nbs/18_benchmark.ipynb #7c04f76a
+# %% ../nbs/18_benchmark.ipynb #ce63aafa
 def forward_equivalents(
     algorithm: Algorithm,
 ) -> float:  # per sample
@@ -31,7 +31,7 @@ def forward_equivalents(
 
 PAPER_SETTINGS = (NeighborGRPO(), FlowGRPO(), DanceGRPO())
 
-# %% ../nbs/18_benchmark.ipynb #d1697b39
+# %% ../nbs/18_benchmark.ipynb #78711b57
 class CostTask:
     "A task with random weights and a reward that costs nothing: only the algorithm's own work is left."
     prompts = 1
@@ -54,7 +54,7 @@ class CostTask:
         "Nothing to hold out."
         return dict(reward=0.0)
 
-# %% ../nbs/18_benchmark.ipynb #2d5bc4f0
+# %% ../nbs/18_benchmark.ipynb #7113709b
 def wall_time() -> float:  # seconds
     "Time on the wall, once the accelerator has done what it was given."
     if torch.cuda.is_available(): torch.cuda.synchronize()
@@ -63,7 +63,7 @@ def wall_time() -> float:  # seconds
 
 CLOCKS = {"cpu": time.process_time, "wall": wall_time}
 
-# %% ../nbs/18_benchmark.ipynb #2fc0f33d
+# %% ../nbs/18_benchmark.ipynb #e1036f0c
 class NetworkClock:
     "Seconds spent inside a network, forwards and backwards, by hooks that leave its results alone."
     def __init__(self, network: nn.Module,
@@ -101,7 +101,7 @@ class NetworkClock:
         self.settle()
         for hook in self.hooks: hook.remove()
 
-# %% ../nbs/18_benchmark.ipynb #435d3b9b
+# %% ../nbs/18_benchmark.ipynb #d636b424
 def timed_step(
     trainer: Trainer,
     now: Callable[[], float] = time.process_time,  # the clock, in seconds
@@ -113,7 +113,7 @@ def timed_step(
     clock.close()
     return seconds, 1 - clock.seconds / seconds
 
-# %% ../nbs/18_benchmark.ipynb #e63dfcff
+# %% ../nbs/18_benchmark.ipynb #5ed8c830
 def measure(
     algorithms: Sequence[Algorithm],
     network: str = "digits",  # "digits" or "toy"

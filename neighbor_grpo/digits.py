@@ -6,7 +6,7 @@
 __all__ = ['NULL', 'load_images', 'mosaic', 'Block', 'UNet', 'Classifier', 'train_classifier', 'halves', 'frechet_distance',
            'diversity', 'DigitsSettings', 'DigitsTask']
 
-# %% ../nbs/12_digits.ipynb #6b6b9ddd
+# %% ../nbs/12_digits.ipynb #9bd1c6da
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .flow import TimeEmbedding, Velocity, randn, require, seeded, time_grid, tr
 from .solvers import solve
 from .training import kept
 
-# %% ../nbs/12_digits.ipynb #f6fd3ece
+# %% ../nbs/12_digits.ipynb #103f1eb7
 NULL = 10  # the label that stands for any digit
 
 def load_images() -> tuple[Tensor, Tensor]:  # images (1797, 1, 8, 8) in [-1, 1]; labels (1797,) in 0 ... 9
@@ -31,7 +31,7 @@ def load_images() -> tuple[Tensor, Tensor]:  # images (1797, 1, 8, 8) in [-1, 1]
     pixels, labels = load_digits(return_X_y=True)
     return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
 
-# %% ../nbs/12_digits.ipynb #d82c26ad
+# %% ../nbs/12_digits.ipynb #f4f55553
 def mosaic(
     images: Tensor,  # (N, 1, H, W)
     columns: int = 8,  # images in a row; a last row that is not full is left out
@@ -40,7 +40,7 @@ def mosaic(
     framed = F.pad(images[:, 0], (1, 1, 1, 1))[:len(images) // columns * columns]
     return torch.cat([torch.cat(list(row), 1) for row in framed.split(columns)])
 
-# %% ../nbs/12_digits.ipynb #05b20513
+# %% ../nbs/12_digits.ipynb #cd58b526
 class Block(nn.Module):
     "Two convolutions with a residual; the embedding scales and shifts between them."
     def __init__(self, inputs: int, outputs: int, embedding: int):
@@ -55,7 +55,7 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
-# %% ../nbs/12_digits.ipynb #693e3c36
+# %% ../nbs/12_digits.ipynb #309758c7
 class UNet(nn.Module):
     "A velocity for 8x8 images with labels 0 ... 10 as `cond`."
     def __init__(self, width: int = 32,  # channels at 4x4; twice as many at 2x2
@@ -78,7 +78,7 @@ class UNet(nn.Module):
         h = self.after(torch.cat([fine, coarse], 1), e)
         return F.pixel_shuffle(self.out(F.silu(self.norm(h))), 2)
 
-# %% ../nbs/12_digits.ipynb #32d05347
+# %% ../nbs/12_digits.ipynb #4c068a19
 class Classifier(nn.Module):
     "A small convolutional network: 32 features, then ten classes."
     def __init__(self, width: int = 16):  # channels of the first layer
@@ -91,7 +91,7 @@ class Classifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x))
 
-# %% ../nbs/12_digits.ipynb #506b8240
+# %% ../nbs/12_digits.ipynb #ead6061e
 def train_classifier(
     network: nn.Module,  # trained in place
     images: Tensor,  # (N, 1, 8, 8)
@@ -112,7 +112,7 @@ def train_classifier(
             optimizer.step()
     return network.eval()
 
-# %% ../nbs/12_digits.ipynb #3f38c3f7
+# %% ../nbs/12_digits.ipynb #6d30153a
 def halves(
     total: int,  # number of images
 ) -> tuple[Tensor, Tensor]:  # two disjoint sets of numbers that together are 0 ... total-1
@@ -120,7 +120,7 @@ def halves(
     order = torch.randperm(total, generator=seeded(0))
     return order[:total // 2], order[total // 2:]
 
-# %% ../nbs/12_digits.ipynb #f48655bf
+# %% ../nbs/12_digits.ipynb #2a758e27
 def frechet_distance(
     a: Tensor,  # (N, F) features, N > F
     b: Tensor,  # (M, F) features, M > F
@@ -132,7 +132,7 @@ def frechet_distance(
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return distance.clamp_min(0).item()
 
-# %% ../nbs/12_digits.ipynb #3f18f9ae
+# %% ../nbs/12_digits.ipynb #f82bc12a
 def diversity(
     a: Tensor,  # (N, *shape) samples
     b: Tensor,  # (M, *shape) real data
@@ -140,7 +140,7 @@ def diversity(
     "Mean pairwise distance among the samples over that among the real data."
     return (torch.pdist(a.flatten(1)).mean() / torch.pdist(b.flatten(1)).mean()).item()
 
-# %% ../nbs/12_digits.ipynb #13d5d629
+# %% ../nbs/12_digits.ipynb #91af54c6
 @dataclass(frozen=True)
 class DigitsSettings:
     "The digits task: one class of ten under the null label, or as much ink as possible."
@@ -161,7 +161,7 @@ class DigitsSettings:
         for name, least in dict(pretrain_steps=1, eval_steps=1, eval_samples=64).items():
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
 
-# %% ../nbs/12_digits.ipynb #57837976
+# %% ../nbs/12_digits.ipynb #08632488
 class DigitsTask:
     "The digits rung: a class-conditional flow, trained on without a label towards one digit."
     shape, prompts = (1, 8, 8), 1
@@ -180,8 +180,8 @@ class DigitsTask:
                           lambda network: train_classifier(network, images[other], labels[other], seed=seed + 1))
 
         def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-            rows = torch.randint(len(images), (256,), generator=generator)
-            nameless = torch.rand(256, generator=generator) < 0.1
+            rows = torch.randint(len(images), (128,), generator=generator)
+            nameless = torch.rand(128, generator=generator) < 0.1
             return images[rows], labels[rows].masked_fill(nameless, NULL)
 
         self.base = kept(folder, "base", UNet(), lambda network: train_flow(

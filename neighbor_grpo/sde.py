@@ -63,8 +63,8 @@ def cps(
     "One coefficients-preserving step (arXiv 2509.05952): old and new noise always add up to `t_next`."
     require(0 <= noise_level <= 1, "noise_level", noise_level, "in [0, 1]")
     x0, noise, t_next = denoised(x, v, t), implied_noise(x, v, t), expand_time(t_next, x)
-    std = t_next * math.sin(noise_level * math.pi / 2)
-    return (1 - t_next) * x0 + (t_next**2 - std**2).sqrt() * noise, std
+    angle = noise_level * math.pi / 2
+    return (1 - t_next) * x0 + t_next * math.cos(angle) * noise, t_next * math.sin(angle)
 
 # %% ../nbs/02_sde.ipynb #f8e050f7
 def gaussian_log_prob(

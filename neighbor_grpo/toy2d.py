@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mode_means', 'mode_shares', 'ToySettings', 'ToyTask']
 
-# %% ../nbs/11_toy2d.ipynb #e5e7f263
+# %% ../nbs/11_toy2d.ipynb #65d6738c
 import copy
 import math
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .flow import Velocity, VelocityMLP, eight_gaussians, randn, require, seeded
 from .solvers import solve
 from .training import kept
 
-# %% ../nbs/11_toy2d.ipynb #6da1b6ac
+# %% ../nbs/11_toy2d.ipynb #e432b7c9
 def mode_means(
     radius: float = 2.0,  # of the circle
 ) -> Tensor:  # (8, 2)
@@ -28,7 +28,7 @@ def mode_means(
     angle = torch.arange(8) * (math.pi / 4)
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
-# %% ../nbs/11_toy2d.ipynb #5e1df81c
+# %% ../nbs/11_toy2d.ipynb #79ec276c
 def mode_shares(
     x: Tensor,  # (N, 2) points
     radius: float = 2.0,  # of the circle of means
@@ -36,7 +36,7 @@ def mode_shares(
     "Which of the eight Gaussians the points belong to."
     return torch.cdist(x, mode_means(radius)).argmin(1).bincount(minlength=8) / len(x)
 
-# %% ../nbs/11_toy2d.ipynb #4f51e932
+# %% ../nbs/11_toy2d.ipynb #df641e51
 @dataclass(frozen=True)
 class ToySettings:
     "The toy: eight Gaussians on a circle, and a reward for being near one of them."
@@ -58,7 +58,7 @@ class ToySettings:
         for name in ("pretrain_steps", "eval_samples", "eval_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
 
-# %% ../nbs/11_toy2d.ipynb #d2bb704e
+# %% ../nbs/11_toy2d.ipynb #f8d2f10f
 class ToyTask:
     "The 2-D rung: a pretrained flow to eight Gaussians, and `exp(-d^2 / 2 width^2)` for the distance `d` to one mean."
     shape, prompts = (2,), 1

@@ -98,6 +98,7 @@ def choose_prompts(
     iteration: int,  # from 0
 ) -> Tensor:  # (count,) int64
     "The prompts of one iteration: a fresh shuffle in each epoch, none repeated within it."
+    require(total >= 1, "total", total, "at least one prompt")
     places = range(iteration * count, (iteration + 1) * count)
     shuffle = {epoch: torch.randperm(total, generator=seeded(seed, PROMPT_KEY, epoch))
                for epoch in {place // total for place in places}}
@@ -257,7 +258,8 @@ def open_run(
         require(path.exists(), "out", str(out), "a run folder with a config.json, to resume")
         check_config(json.loads(path.read_text()), config)
     else:
-        require(not path.exists(), "out", str(out), "a folder without a run in it (or resume that run)")
+        free = not path.exists() and not (path.parent / "checkpoints").exists()
+        require(free, "out", str(out), "a folder without a run in it (or resume that run)")
     gather("checked")  # no process writes before all have looked
     if world()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
