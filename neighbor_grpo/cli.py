@@ -215,13 +215,14 @@ def main(
 ) -> int:  # exit status: 0 only when the job was done
     "Run one command; say what was wrong in one line on standard error."
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: neighbor-grpo COMMAND [--help]\n")
-        for name, command in COMMANDS.items(): print(f"  {name:10}{command.__doc__}")
-        return 0 if argv else 2
+    name, usage = argv[0] if argv else None, "usage: neighbor-grpo COMMAND [--help]"
+    if name in ("-h", "--help"):
+        print(usage + "\n")
+        for known, command in COMMANDS.items(): print(f"  {known:10}{command.__doc__}")
+        return 0
     try:
-        require(argv[0] in COMMANDS, "command", argv[0], f"one of {', '.join(COMMANDS)}")
-        COMMANDS[argv[0]](argv[1:])
+        require(name in COMMANDS, "command", name, f"one of {', '.join(COMMANDS)} ({usage})")
+        COMMANDS[name](argv[1:])
         return 0
     except (Exception, KeyboardInterrupt) as e:
         kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
