@@ -122,15 +122,16 @@ def pipeline_shift(
 ) -> float:  # s > 0, for `time_grid`
     "The time shift of the pipeline's scheduler."
     scheduler, config = pipeline.scheduler, pipeline.scheduler.config
-    name = f"a {type(scheduler).__name__}"
-    own = isinstance(scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler))
+    name, euler = f"a {type(scheduler).__name__}", isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    own = euler or isinstance(scheduler, FlowMatchHeunDiscreteScheduler)
     require(own or bool(config.get("use_flow_sigmas")), "pipeline.scheduler", name, "one for flow matching")
     for option in ("use_dynamic_shifting", "shift_terminal", "invert_sigmas", "use_karras_sigmas",
                    "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling"):
         require(not config.get(option), "pipeline.scheduler", f"{name} with {option}", "one with a fixed shift alone")
-    shifts = {config.get("shift"), scheduler.shift if own else config.flow_shift} - {None}
-    require(len(shifts) == 1, "pipeline.scheduler", f"{name} with the shifts {sorted(shifts)}", "one with one shift")
-    return float(shifts.pop())
+    shift = scheduler.shift if euler else config["shift" if own else "flow_shift"]
+    written = config.get("shift", shift)  # left over where the scheduler was made from another one's configuration
+    require(shift == written, "pipeline.scheduler", f"{name} with shift {shift} and {written}", "one with one shift")
+    return float(shift)
 
 # %% ../nbs/16_sd3.ipynb #a1aa2087
 @dataclass(frozen=True)

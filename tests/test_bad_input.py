@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import PointwiseVelocity, TinyTask
+from tiny import tiny_sd3
 
 from neighbor_grpo.algorithms import DanceGRPO, FlowGRPO, NeighborGRPO, take
 from neighbor_grpo.anchors import distance_spread, sample_anchors, sample_subsets
@@ -21,6 +22,7 @@ from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.options import chunk_means, equal_pull, extremes, shape_advantages
 from neighbor_grpo.reweighting import quasi_norm
 from neighbor_grpo.rivals import OPGRPO, TMPO
+from neighbor_grpo.sd3 import SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline
 from neighbor_grpo.sde import cps, dance_sde, flow_sde, solve_sde
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.toy2d import ToySettings
@@ -179,6 +181,24 @@ CALLS = [
     (lambda: VGRPO(time_weight="equal"), "time_weight", "'equal'", "'none'"),
     (lambda: VGRPO(train_where="last"), "train_where", "'last'", "'random'"),
     (lambda: VGRPO(soft_clip=0.0), "soft_clip", "0.0", "> 0"),
+    (lambda: SD3Settings(lora_rank=-1), "lora_rank", "-1", ">= 0"),
+    (lambda: SD3Settings(lora_rank=4.0), "lora_rank", "4.0", "an integer"),
+    (lambda: SD3Settings(lora_alpha=8), "lora_alpha", "8", "unset where lora_rank is 0"),
+    (lambda: SD3Settings(lora_dual=True), "lora_dual", "True", "unset where lora_rank is 0"),
+    (lambda: SD3Settings(guidance_scale=0.0), "guidance_scale", "0.0", ">= 1"),
+    (lambda: SD3Settings(train_guidance_scale=math.nan), "train_guidance_scale", "nan", "a finite number"),
+    (lambda: SD3Settings(gradient_checkpointing=1), "gradient_checkpointing", "1", "True or False"),
+    (lambda: SD3Policy(tiny_sd3().transformer, SD3Settings(guidance_scale=2.0)), "negative", "None", "empty prompt"),
+    (lambda: SD3Policy(tiny_sd3().transformer, SD3Settings(4, lora_dual=True)), "lora_dual", "True", "no dual"),
+    (lambda: SD3Policy(tiny_sd3().transformer)(x, x, dict(embeds=x[:2], pooled=x)), "cond", "2 rows", "of 3 rows"),
+    (lambda: open_pipeline("/nowhere/at/all"), "source", "'/nowhere/at/all'", "a folder with"),
+    (lambda: encode_prompts(tiny_sd3(), "a cat"), "prompts", "'a cat'", "a list"),
+    (lambda: encode_prompts(tiny_sd3(), []), "prompts", "[]", "at least one"),
+    (lambda: encode_prompts(tiny_sd3(), ["a cat", None]), "prompts", "None", "text"),
+    (lambda: encode_prompts(tiny_sd3(), ["a cat"], 513), "max_sequence_length", "513", "[1, 512]"),
+    (lambda: decode(tiny_sd3(), torch.zeros(1, 3, 8, 8)), "latents", "(1, 3, 8, 8)", "(N, 4, h, w)"),
+    (lambda: latent_shape(tiny_sd3(), 16, 18), "width", "18", "a multiple of 4"),
+    (lambda: latent_shape(tiny_sd3(), 36, 16), "height", "36", "at most 32"),
 ]
 
 
