@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'TrainSettings', 'choose_prompts', 'world', 'gather',
            'merged', 'average_gradients', 'write_atomically', 'append_row', 'read_rows', 'Checkpoints',
-           'flat_optimizer', 'load_optimizer', 'kept', 'run_config', 'read_config', 'check_config', 'open_run',
-           'Trainer', 'plot_run']
+           'flat_optimizer', 'load_optimizer', 'trained_state', 'load_trained', 'kept', 'run_config', 'read_config',
+           'check_config', 'open_run', 'Trainer', 'plot_run']
 
 # %% ../nbs/10_training.ipynb #77cc7e19
 import copy
@@ -211,6 +211,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
+# %% ../nbs/10_training.ipynb #9f78b85f
+def trained_state(
+    network: nn.Module,
+) -> dict[str, Tensor]:
+    "The state of a network, without the weights that are not trained."
+    frozen = {name for name, weight in network.named_parameters() if not weight.requires_grad}
+    return {name: value for name, value in network.state_dict().items() if name not in frozen}
+
+
+def load_trained(network: nn.Module, state: dict[str, Tensor]) -> None:
+    "The inverse of `trained_state`; the weights that are not trained stay as they are."
+    mine = trained_state(network)
+    network.load_state_dict({k: v for k, v in network.state_dict().items() if k not in mine} | state)
+
 # %% ../nbs/10_training.ipynb #ac2aab40
 def kept(
     folder: str | Path | None,  # where; None: nowhere, train
@@ -292,6 +306,9 @@ class Trainer:
         self.groups = range(settings.groups)[self.rank * settings.groups // size:][:settings.groups // size]
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         require(bool(self.trained), "task.policy", type(self.policy).__name__, "a module whose weights require a gradient")
+        fresh = settings.updates == 1 and settings.collector == "policy"
+        require(fresh or not getattr(self.policy, "split_guidance", False), "train_guidance_scale", "its own",
+                "that of the rollout unless updates is 1 and collector is 'policy': stored velocities are compared")
         fused = self.trained[0].device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.trained, settings.lr, weight_decay=settings.weight_decay, fused=fused)
         self.average = self.reference = None
@@ -305,7 +322,8 @@ class Trainer:
             open_run(self.out, run_config(algorithm, settings, **(config or {})), resume)
             self.checkpoints = Checkpoints(self.out / "checkpoints", settings.keep)
         if algorithm.kl_weight > 0:  # from the run folder on resume: the task's policy may have moved since
-            self.reference = kept(self.out, "reference", copy.deepcopy(self.policy), lambda network: network)
+            copied = self.policy.reference() if hasattr(self.policy, "reference") else copy.deepcopy(self.policy)
+            self.reference = kept(self.out, "reference", copied, lambda network: network)
         if self.out: self.restore()
 
     @property
@@ -397,8 +415,8 @@ class Trainer:
     def save(self) -> None:
         "Write a checkpoint of the last complete iteration."
         if self.out is None or self.rank > 0: return
-        tensors = dict(policy=self.policy.state_dict(), optimizer=flat_optimizer(self.optimizer))
-        if self.average: tensors["ema"] = self.average.module.state_dict()
+        tensors = dict(policy=trained_state(self.policy), optimizer=flat_optimizer(self.optimizer))
+        if self.average: tensors["ema"] = trained_state(self.average.module)
         if self.memory: tensors["memory"] = self.memory
         self.checkpoints.save(self.iteration, tensors, dict(iteration=self.iteration))
 
@@ -408,9 +426,9 @@ class Trainer:
         if self.checkpoints.numbers():
             tensors, state = self.checkpoints.load()
             try:
-                self.policy.load_state_dict(tensors["policy"])
+                load_trained(self.policy, tensors["policy"])
                 load_optimizer(self.optimizer, tensors["optimizer"])
-                if self.average: self.average.module.load_state_dict(tensors["ema"])
+                if self.average: load_trained(self.average.module, tensors["ema"])
                 self.memory = tensors.get("memory", {})
                 self.iteration = last = state["iteration"]
             except (KeyError, ValueError, RuntimeError) as e:
