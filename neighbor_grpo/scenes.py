@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'NUMBERS', 'RELATIONS', 'BACKGROUND', 'DISTANCES', 'SIZE', 'EXTENT', 'RADII', 'LEAST', 'WINDOW',
-           'TOLERANCE', 'REST', 'Thing', 'Caption', 'all_captions', 'split_captions', 'templates', 'Layout', 'free',
-           'draw_layout', 'clearance', 'render', 'paint', 'blobs', 'Found', 'find', 'match', 'weigh', 'fit', 'verify']
+           'TOLERANCE', 'REST', 'Thing', 'Caption', 'all_captions', 'words', 'split_captions', 'templates', 'Layout',
+           'free', 'clearance', 'draw_layout', 'render', 'paint', 'blobs', 'fit', 'match', 'Found', 'find', 'assign',
+           'verify']
 
 # %% ../nbs/14_scenes.ipynb #883c8ff5
 import functools
@@ -40,6 +41,11 @@ class Thing:
     count: int = 1
     "1 to 4."
 
+    def __post_init__(self):
+        require(self.colour in COLOURS, "colour", self.colour, f"one of {', '.join(COLOURS)}")
+        require(self.shape in SHAPES, "shape", self.shape, f"one of {', '.join(SHAPES)}")
+        require(self.count in NUMBERS, "count", self.count, "1, 2, 3 or 4")
+
     def __str__(self) -> str:
         return f"{NUMBERS[self.count]} {self.colour} {self.shape}{'s' if self.count > 1 else ''}"
 
@@ -67,7 +73,7 @@ class Caption:
         "'single', 'count' or 'relation'."
         return "relation" if self.second else "count" if self.first.count > 1 else "single"
 
-# %% ../nbs/14_scenes.ipynb #371613d9
+# %% ../nbs/14_scenes.ipynb #8fdf37af
 def all_captions(
     kind: str,  # 'single', 'count' or 'relation'
 ) -> list[Caption]:
@@ -78,6 +84,12 @@ def all_captions(
     if kind == "count": return [Caption(Thing(*one, count)) for one in kinds for count in (2, 3, 4)]
     pairs = itertools.permutations(kinds, 2)
     return [Caption(Thing(*a), relation, Thing(*b)) for a, b in pairs for relation in RELATIONS]
+
+
+def words() -> list[str]:
+    "Every word that a caption can hold, sorted."
+    names = [*COLOURS, *SHAPES, *(shape + "s" for shape in SHAPES), *NUMBERS.values(), *RELATIONS]
+    return sorted({word for name in names for word in name.split()})
 
 # %% ../nbs/14_scenes.ipynb #92e705c4
 def split_captions(
@@ -96,19 +108,19 @@ def split_captions(
 DISTANCES = (  # of a point to the edge, negative inside: circle, square, triangle
     lambda dx, dy, r: (dx.square() + dy.square()).sqrt() - r,
     lambda dx, dy, r: torch.maximum(dx.abs(), dy.abs()) - math.sqrt(math.pi) / 2 * r,
-    lambda dx, dy, r: torch.maximum(dy, math.sqrt(3) / 2 * dx.abs() - dy / 2) - math.sqrt(math.pi / 3 / math.sqrt(3)) * r,
+    lambda dx, dy, r: torch.maximum(dy, math.sqrt(3) / 2 * dx.abs() - dy / 2)
+    - math.sqrt(math.pi / 3 / math.sqrt(3)) * r,
 )
 
 
 def templates(
     centre: Tensor,  # (..., 3, 2) x and y of a circle, a square and a triangle, in pixels
     radius: Tensor,  # (..., 3) of the circle with the same area, in pixels
-    x: Tensor,  # (..., W) centres of the columns
-    y: Tensor,  # (..., H) centres of the rows
-) -> Tensor:  # (..., 3, H, W) in [0, 1]
-    "How much of each pixel a shape covers: its signed distance, one pixel wide."
-    dx, dy = x[..., None, None, :] - centre[..., 0, None, None], y[..., None, :, None] - centre[..., 1, None, None]
-    r = radius[..., None, None]
+    size: int,  # pixels along a side
+) -> Tensor:  # (..., 3, size, size) in [0, 1]
+    "How much of each pixel a circle, a square and a triangle cover."
+    pixels, (x, y) = torch.arange(size) + 0.5, centre[..., None].unbind(-2)
+    dx, dy, r = (pixels - x)[..., None, :], (pixels - y)[..., None], radius[..., None, None]
     return torch.stack([(0.5 - distance(dx[..., k, :, :], dy[..., k, :, :], r[..., k, :, :])).clamp_(0, 1)
                         for k, distance in enumerate(DISTANCES)], -3)
 
@@ -131,7 +143,7 @@ class Layout:
 
 # %% ../nbs/14_scenes.ipynb #ec37fd80
 def free(
-    layout: Layout,
+    layout: Layout,  # of N scenes
     placed: Tensor,  # (N,) how many shapes of each scene already have their place
     gap: float = 2.0,  # pixels between two boxes, and half of it to the border
 ) -> Tensor:  # (N,) boolean
@@ -144,7 +156,18 @@ def free(
     apart = torch.maximum(low - my_high[:, None], my_low[:, None] - high).amax(-1) >= gap
     return inside & (apart | ~before).all(1)
 
-# %% ../nbs/14_scenes.ipynb #7b1cc6b0
+
+def clearance(
+    offset: Tensor,  # (..., 2) from the second shape to the first, in pixels
+    way: Tensor,  # (..., 2) a value of RELATIONS, or 0, 0 for none
+    least: float = 4.0,  # pixels along the way
+    slope: float = 1.0,  # most of the offset across the way, per offset along it
+) -> Tensor:  # (...) pixels; infinite for no relation
+    "How clearly one shape stands on the asked side of the other: negative if it does not."
+    along, across = (offset * way).sum(-1), (offset * way.flip(-1)).sum(-1).abs()
+    return torch.minimum(along - least, slope * along - across).masked_fill((way == 0).all(-1), math.inf)
+
+# %% ../nbs/14_scenes.ipynb #0c741c9e
 RADII = {"single": (3.5, 6.0), "count": (3.0, 4.2), "relation": (3.2, 5.0)}  # least and most, in pixels
 
 
@@ -152,7 +175,8 @@ def draw_layout(
     captions: list[Caption],  # N of them
     generator: torch.Generator | None = None,
 ) -> Layout:
-    "Random places that fit the captions: shape after shape, each drawn again until it fits; the scene anew if none does."
+    "Random places that fit the captions: each shape is drawn again until it fits, the scene anew if none does."
+    require(len(captions) > 0, "captions", captions, "at least one")
     n, most = len(captions), max(len(c.things) for c in captions)
     there = torch.tensor([[k < len(c.things) for k in range(most)] for c in captions])
     padded = [c.things + c.things[:1] * (most - len(c.things)) for c in captions]
@@ -173,48 +197,39 @@ def draw_layout(
         todo = todo[placed[todo] < ends[todo]]
     return Layout(shape, colour, centre, radius * there)
 
-# %% ../nbs/14_scenes.ipynb #0c741c9e
-def clearance(
-    offset: Tensor,  # (..., 2) from the second shape to the first, in pixels
-    way: Tensor,  # (..., 2) a value of RELATIONS, or 0, 0 for none
-    least: float = 4.0,  # pixels along the way
-    slope: float = 1.0,  # most of the offset across the way, per offset along it
-) -> Tensor:  # (...) pixels; infinite for no relation
-    "How clearly one shape stands on the asked side of the other: negative if it does not."
-    along, across = (offset * way).sum(-1), (offset * way.flip(-1)).sum(-1).abs()
-    return torch.minimum(along - least, slope * along - across).masked_fill((way == 0).all(-1), math.inf)
-
 # %% ../nbs/14_scenes.ipynb #08c788dd
 def render(
-    layout: Layout,
+    layout: Layout,  # of N scenes
 ) -> Tensor:  # (N, 3, 32, 32) in [0, 1]
     "Paint the shapes over the background, one after another."
-    palette, pixels = torch.tensor(list(COLOURS.values())), torch.arange(SIZE) + 0.5
+    palette = torch.tensor(list(COLOURS.values()))
     images = torch.tensor(BACKGROUND)[:, None, None].expand(len(layout.shape), 3, SIZE, SIZE)
-    drawn = templates(layout.centre[:, :, None].expand(-1, -1, 3, -1), layout.radius[..., None].expand(-1, -1, 3), pixels, pixels)
+    drawn = templates(layout.centre[:, :, None].expand(-1, -1, 3, -1), layout.radius[..., None].expand(-1, -1, 3), SIZE)
     cover = drawn.take_along_dim(layout.shape[..., None, None, None], 2)[:, :, 0] * (layout.radius > 0)[..., None, None]
     for k in range(layout.shape.shape[1]):
         images = images + cover[:, k, None] * (palette[layout.colour[:, k]][:, :, None, None] - images)
     return images
 
 # %% ../nbs/14_scenes.ipynb #b337c060
-def paint(
-    images: Tensor,  # (N, 3, H, W) in [0, 1]
-) -> tuple[Tensor, Tensor]:  # (N, H, W) index of the nearest colour; (N, H, W) how much of it covers the pixel
-    "Each pixel as a mixture of the background and the colour that explains it best."
-    colours = torch.tensor(list(COLOURS.values())) - torch.tensor(BACKGROUND)
-    lengths = colours.square().sum(1)[:, None, None]
-    share = (colours @ above_ground(images).flatten(2)).unflatten(2, images.shape[2:]) / lengths
-    inside = share.clamp(0, 1)
-    nearest = ((2 * share - inside) * inside * lengths).max(1).indices
-    return nearest, inside.gather(1, nearest[:, None])[:, 0]
+TINTS = torch.tensor(list(COLOURS.values())) - torch.tensor(BACKGROUND)  # c_k - b
 
-# %% ../nbs/14_scenes.ipynb #a4002d19
+
 def above_ground(images: Tensor) -> Tensor:
     "What the images have more than the background."
     return images - torch.tensor(BACKGROUND)[:, None, None]
 
+# %% ../nbs/14_scenes.ipynb #a4002d19
+def paint(
+    images: Tensor,  # (N, 3, H, W) in [0, 1]
+) -> tuple[Tensor, Tensor]:  # (N, H, W) index k of the nearest colour; (N, H, W) its share s of the pixel
+    "Each pixel as a mixture of the background and the colour that explains it best."
+    lengths = TINTS.square().sum(1)[:, None, None]
+    share = (TINTS @ above_ground(images).flatten(2)).unflatten(2, images.shape[2:]) / lengths
+    inside = share.clamp(0, 1)
+    nearest = ((2 * share - inside) * inside * lengths).max(1).indices
+    return nearest, inside.gather(1, nearest[:, None])[:, 0]
 
+# %% ../nbs/14_scenes.ipynb #0c44bd16
 def grown(mask: Tensor, pixels: int) -> Tensor:
     "The pixels of a mask (N, H, W) and so many around them, diagonals included; a negative number shrinks it."
     if pixels < 0: return ~grown(~mask, -pixels)
@@ -230,15 +245,17 @@ def smooth(values: Tensor) -> Tensor:
     values = values[..., 1:, :] + values[..., :-1, :]
     return (values[..., 1:] + values[..., :-1]) / 4
 
-# %% ../nbs/14_scenes.ipynb #0c44bd16
+# %% ../nbs/14_scenes.ipynb #ef04502d
 LEAST = 3  # pixels of a blob
 
 
 def blobs(
     share: Tensor,  # (N, H, W) in [0, 1]
-) -> tuple[Tensor, Tensor, Tensor]:  # (N, H, W) number of the blob, 0 for none; (B,) its image; (B, 2) its middle row and column
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, H, W) the blob's number, 0 for none; (M,) its image; (M, 2) middle y and x
     "Connected pixels that are mostly foreground."
-    labels, count = ndimage.label((share > 0.5).numpy(), np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))]))
+    touching = np.zeros((3, 3, 3))
+    touching[1] = 1  # the eight around it, in the same image
+    labels, count = ndimage.label((share > 0.5).numpy(), touching)
     keep = np.bincount(labels.ravel(), minlength=count + 1) >= LEAST
     keep[0] = False
     labels = (np.cumsum(keep) * keep)[labels]
@@ -246,28 +263,84 @@ def blobs(
     image, middle = torch.tensor(boxes, dtype=torch.long).view(-1, 3).split((1, 2), 1)
     return torch.from_numpy(labels), image[:, 0], middle
 
-# %% ../nbs/14_scenes.ipynb #ef04502d
+# %% ../nbs/14_scenes.ipynb #f5e23eb2
+def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
+    "Area (M, K) and centre of mass (M, K, 2), x and y, of (M, K, W, W)."
+    pixels = torch.arange(cover.shape[-1]) + 0.5
+    columns, rows = cover.sum(-2), cover.sum(-1)
+    area = columns.sum(-1).clamp_min(1)
+    return area, torch.stack([columns @ pixels, rows @ pixels], -1) / area[..., None]
+
+# %% ../nbs/14_scenes.ipynb #58a98367
+def fit(
+    cover: Tensor,  # (M, W, W) how much of each pixel a blob covers
+    steps: int = 2,  # of correction
+) -> tuple[Tensor, Tensor, Tensor]:  # (M, 3, 2) centres; (M, 3) radii; (M, 3, W, W) templates
+    "The circle, the square and the triangle that have the area and the centre of mass of the blob."
+    area, middle = moments(cover[:, None])
+    centre, radius = middle.repeat(1, 3, 1), (area.repeat(1, 3) / math.pi).sqrt()
+    for _ in range(steps):
+        its_area, its_middle = moments(templates(centre, radius, cover.shape[-1]))
+        centre = centre + middle - its_middle
+        radius = (radius + (area - its_area) / (2 * math.pi * radius)).clamp(1, cover.shape[-1] / 2)
+    return centre, radius, templates(centre, radius, cover.shape[-1])
+
+# %% ../nbs/14_scenes.ipynb #b210e812
+def weigh(squares: Tensor, area: Tensor) -> Tensor:
+    "Root mean square over the blob's area, or two fifths of the largest, whichever is more: (M, K, H, W) to (M, K)."
+    squares = squares.flatten(2)
+    return torch.maximum((squares.sum(2) / area).sqrt(), 0.4 * squares.amax(2).sqrt())
+
+
+def difference(cover: Tensor, drawn: Tensor) -> Tensor:
+    "Smoothed difference of cover (M, W, W) and templates (M, 3, W, W), which may be blurred a little."
+    sharp = smooth(drawn)
+    sharp, blurred = smooth(cover)[:, None] - sharp, smooth(smooth(sharp)[..., 1:-1, 1:-1]) - sharp
+    amount = (sharp * blurred).flatten(2).sum(2) / blurred.square().flatten(2).sum(2).clamp_min(1e-6)
+    return sharp - amount.clamp(0, 0.5)[..., None, None] * blurred
+
+# %% ../nbs/14_scenes.ipynb #b3a3b0fb
+def match(
+    crop: Tensor,  # (M, 3, W, W) above the background
+    own: Tensor,  # (M, W, W) pixels of the blob
+    other: Tensor,  # (M, W, W) pixels of other blobs
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M,) colour; (M, 3, 2) centres in the crop; (M, 3) radii; (M, 3) misfits
+    "Colour of each blob, its best fit of every shape, and how far it is from that."
+    inner = grown(own, -1)
+    inner = torch.where(inner.flatten(1).any(1)[:, None, None], inner, own)
+    mean = (crop * inner[:, None]).flatten(2).sum(2) / inner.flatten(1).sum(1)[:, None]
+    off, colour = torch.cdist(mean, TINTS).min(1)
+    crop = crop * (grown(own, 2) & ~grown(other, 1) | grown(own, 1) & ~other)[:, None]
+    length = mean.square().sum(1)[:, None, None]
+    cover = (mean[:, None] @ crop.flatten(2)).view_as(crop[:, 0]) / length
+    centre, radius, drawn = fit(cover)
+    area = cover.flatten(1).sum(1, keepdim=True).clamp_min(1)
+    form = weigh(difference(cover, drawn).square(), area)
+    uneven = weigh((smooth(crop).square().sum(1) / length - smooth(cover).square()).clamp_min(0)[:, None], area)
+    return colour, centre, radius, torch.maximum(form, torch.maximum(uneven, off[:, None]) / 2)
+
+# %% ../nbs/14_scenes.ipynb #275521fe
 @dataclass(frozen=True)
 class Found:
-    "The blobs of N images, B of them in all, and what each was taken for."
+    "The blobs of N images, M of them in all, and what each was taken for."
     image: Tensor
-    "(B,) which image it is in, ascending."
+    "(M,) which image it is in, ascending."
     colour: Tensor
-    "(B,) index into COLOURS."
+    "(M,) index into COLOURS."
     shape: Tensor
-    "(B,) index into SHAPES of the best template."
+    "(M,) index into SHAPES of the best template."
     centre: Tensor
-    "(B, 2) x and y, in pixels."
+    "(M, 2) x and y, in pixels."
     radius: Tensor
-    "(B,) of the circle of the same area, in pixels."
+    "(M,) of the circle of the same area, in pixels."
     misfit: Tensor
-    "(B,) of the best template; see `misfits`."
+    "(M,) of the best template."
     misfits: Tensor
-    "(B, 3) how far the blob is from each of SHAPES: 0 for a perfect one, about 0.2 for another."
+    "(M, 3) how far the blob is from each of SHAPES: 0 for a perfect one, about 0.2 for another."
     rest: Tensor
     "(N,) foreground that belongs to no blob, in pixels."
 
-# %% ../nbs/14_scenes.ipynb #c16bc30b
+# %% ../nbs/14_scenes.ipynb #bfffc23b
 WINDOW = 22  # pixels along a side of the crop around a blob
 
 
@@ -275,120 +348,70 @@ def find(
     images: Tensor,  # (N, 3, 32, 32) in [0, 1]
 ) -> Found:
     "Connected foreground pixels, each matched with a template of every shape."
-    require(images.ndim == 4 and images.shape[1] == 3, "images", f"shape {tuple(images.shape)}", "of shape (N, 3, H, W)")
-    images, half = images.detach().float().cpu(), WINDOW // 2
+    require(images.ndim == 4 and images.shape[1] == 3 and len(images) > 0, "images", f"shape {tuple(images.shape)}",
+            "of shape (N, 3, H, W), N >= 1")
+    images, half = images.detach().float().cpu().nan_to_num().clamp(0, 1), WINDOW // 2
     labels, image, middle = blobs(paint(images)[1])
-    pixels, steps = above_ground(images), torch.arange(WINDOW)
-    outside = (smooth(pixels * ~grown(labels > 0, 2)[:, None]).square().sum(1).sqrt() - 0.08).clamp_min(0)
-    rows, columns = (middle[:, i, None] + steps for i in (0, 1))
+    pixels, number = above_ground(images), torch.arange(1, len(image) + 1)[:, None, None]
+    rest = (smooth(pixels * ~grown(labels > 0, 2)[:, None]).square().sum(1).sqrt() - 0.08).clamp_min(0)
+    rows, columns = (middle[:, i, None] + torch.arange(WINDOW) for i in (0, 1))
     where = image[:, None, None], rows[:, :, None], columns[:, None]
     crop = F.pad(pixels, (half,) * 4).permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2)
-    label, number = F.pad(labels, (half,) * 4)[where], torch.arange(1, len(image) + 1)[:, None, None]
+    label = F.pad(labels, (half,) * 4)[where]
     colour, centre, radius, misfits = match(crop, label == number, (label > 0) & (label != number))
-    size = torch.bincount(labels.flatten(), minlength=len(image) + 1)[1:]
-    centre = centre + (torch.stack([columns[:, 0], rows[:, 0]], 1) - half)[:, None]
+    centre = centre + (middle.flip(1) - half)[:, None]
     low, high = (centre.repeat(1, 1, 2) + EXTENT * radius[..., None]).split(2, -1)
-    beyond = torch.maximum(-low, high - torch.tensor(images.shape[:1:-1])).amax(-1).clamp_min(0)
-    misfits = misfits + beyond / 2 + (size > (label == number).flatten(1).sum(1))[:, None]
+    over = torch.maximum(-low, high - torch.tensor(images.shape[:1:-1])).amax(-1).clamp_min(0)
+    lost = torch.bincount(labels.flatten(), minlength=len(image) + 1)[1:] - (label == number).flatten(1).sum(1)
+    misfits = misfits + over / 2 + lost[:, None]
     misfit, shape = misfits.min(1)
-    pick = lambda values: values[torch.arange(len(shape)), shape]
-    return Found(image, colour, shape, pick(centre), pick(radius), misfit, misfits, outside.flatten(1).sum(1))
+    centre, radius = (values[torch.arange(len(shape)), shape] for values in (centre, radius))
+    return Found(image, colour, shape, centre, radius, misfit, misfits, rest.flatten(1).sum(1))
 
-# %% ../nbs/14_scenes.ipynb #f5e23eb2
-def match(
-    crop: Tensor,  # (B, 3, W, W) above the background
-    own: Tensor,  # (B, W, W) pixels of the blob
-    other: Tensor,  # (B, W, W) pixels of other blobs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (B,) colour; (B, 3, 2) centres in the crop; (B, 3) radii; (B, 3) misfits
-    "Colour of each blob, its best fit of every shape, and how far it is from it."
-    mine = grown(own, 2) & ~grown(other, 1) | grown(own, 1) & ~other
-    inner = grown(own, -1)
-    inner = torch.where(inner.flatten(1).any(1)[:, None, None], inner, own)
-    crop = crop * mine[:, None]
-    mean = (crop * inner[:, None]).flatten(2).sum(2) / inner.flatten(1).sum(1)[:, None]
-    off, colour = torch.cdist(mean, torch.tensor(list(COLOURS.values())) - torch.tensor(BACKGROUND)).min(1)
-    length = mean.square().sum(1)[:, None, None]
-    cover = (mean[:, None] @ crop.flatten(2)).view_as(mine) / length
-    centre, radius, drawn = fit(cover)
-    area = cover.flatten(1).sum(1, keepdim=True).clamp_min(1)
-    form = weigh(smooth(cover[:, None] - drawn).square(), area)
-    across = smooth(crop).square().sum(1) / length - smooth(cover).square()
-    apart = torch.maximum(weigh(across.clamp_min(0)[:, None], area), off[:, None])
-    return colour, centre, radius, torch.maximum(form, apart / 2)
+# %% ../nbs/14_scenes.ipynb #111ceda6
+def asked(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
+    "Colours (N, 4) and shapes (N, 4) of what captions name, -1 beyond it, and the way (N, 2) of their relations."
+    things = [c.things + [(None, None)] * (4 - len(c.things)) for c in captions]
+    colours, shapes = ({name: i for i, name in enumerate(names)} | {None: -1} for names in (COLOURS, SHAPES))
+    numbers = torch.tensor([[(colours[c], shapes[s]) for c, s in row] for row in things]).view(-1, 4, 2)
+    return *numbers.unbind(-1), torch.tensor([RELATIONS.get(c.relation, (0, 0)) for c in captions]).float().view(-1, 2)
 
-
-def weigh(squares: Tensor, area: Tensor) -> Tensor:
-    "Root mean square over the blob's area, or two fifths of the largest, whichever is more: (B, K, H, W) to (B, K)."
-    squares = squares.flatten(2)
-    return torch.maximum((squares.sum(2) / area).sqrt(), 0.4 * squares.amax(2).sqrt())
-
-# %% ../nbs/14_scenes.ipynb #58a98367
-def fit(
-    cover: Tensor,  # (B, W, W) how much of each pixel a blob covers
-    steps: int = 2,  # of refinement
-) -> tuple[Tensor, Tensor, Tensor]:  # (B, 3, 2) centres; (B, 3) radii; (B, 3, W, W) templates
-    "The circle, the square and the triangle that have the area and the centre of mass of the blob."
-    pixels = (torch.arange(cover.shape[-1]) + 0.5).expand(len(cover), -1)
-    area, middle = moments(cover[:, None])
-    centre, radius = middle.repeat(1, 3, 1), (area.repeat(1, 3) / math.pi).sqrt()
-    for _ in range(steps):
-        its_area, its_middle = moments(templates(centre, radius, pixels, pixels))
-        centre = centre + middle - its_middle
-        radius = (radius + (area - its_area) / (2 * math.pi * radius)).clamp(1, cover.shape[-1] / 2)
-    return centre, radius, templates(centre, radius, pixels, pixels)
-
-# %% ../nbs/14_scenes.ipynb #87a7b18a
-def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
-    "Area (B, K) and centre of mass (B, K, 2), x and y, of (B, K, W, W)."
-    pixels = torch.arange(cover.shape[-1]) + 0.5
-    columns, rows = cover.sum(-2), cover.sum(-1)
-    area = columns.sum(-1).clamp_min(1)
-    return area, torch.stack([columns @ pixels, rows @ pixels], -1) / area[..., None]
-
-# %% ../nbs/14_scenes.ipynb #b210e812
-TOLERANCE = 0.06  # largest misfit of a shape that counts
+# %% ../nbs/14_scenes.ipynb #ff7b1cd1
+TOLERANCE = 0.065  # largest misfit of a shape that counts
 REST = 0.2  # largest foreground that belongs to no shape, in pixels
 
 
+def assign(
+    found: Found,  # in N images
+    colour: Tensor,  # (N, 4) index into COLOURS of each shape that is asked for, -1 for none
+    shape: Tensor,  # (N, 4) index into SHAPES
+) -> tuple[Tensor, Tensor]:  # (N, 4) quality in [0, 1] of the best blob that is left; (N, 4, 2) its centre
+    "Give each shape that is asked for a blob of its colour."
+    image, rows, many = found.image, torch.arange(len(colour)), found.image.bincount(minlength=len(colour))
+    excess = (found.misfits.gather(1, shape[image].clamp_min(0)) / TOLERANCE - 1).clamp_min(0)
+    rank, most = torch.arange(len(image)) - (many.cumsum(0) - many)[image], int(many.max()) + 1
+    table, places = torch.zeros(len(colour), most, 4), torch.zeros(len(colour), most, 2)
+    table[image, rank] = torch.exp(-excess / 2) * (found.colour[:, None] == colour[image])
+    places[image, rank] = found.centre
+    quality, place = [], []
+    for k in range(4):
+        best, which = table[:, :, k].max(1)
+        quality.append(best)
+        place.append(places[rows, which].masked_fill(best[:, None] == 0, math.nan))
+        table[rows, which] *= best[:, None] == 0
+    return torch.stack(quality, 1), torch.stack(place, 1)
+
+# %% ../nbs/14_scenes.ipynb #c4f4eb7c
 def verify(
     images: Tensor,  # (N, 3, 32, 32) in [0, 1]
     captions: list[Caption],  # N of them
 ) -> tuple[Tensor, Tensor]:  # strict (N,): 1 where all is right, else 0; graded (N,) in [0, 1]
     "Does each image hold what its caption says, and nothing else?"
     require(len(images) == len(captions), "captions", len(captions), f"{len(images)}, one for each image")
-    found = find(images)
-    colour, shape, way = asked(captions)
-    many, want = torch.bincount(found.image, minlength=len(images)), (colour >= 0).sum(1)
+    found, (colour, shape, way) = find(images), asked(captions)
     quality, place = assign(found, colour, shape)
-    margin = clearance(place[:, 0] - place[:, 1], way)
-    matched = quality.sum(1)
-    spare = (found.rest - REST).clamp_min(0)
-    strict = (quality == 1).sum(1).eq(want) & (many == want) & (spare == 0) & (margin >= 0)
+    there, want = found.image.bincount(minlength=len(captions)), (colour >= 0).sum(1)
+    rest, margin = (found.rest - REST).clamp_min(0), clearance(place[:, 0] - place[:, 1], way)
+    strict = ((quality == 1).sum(1) == want) & (there == want) & (rest == 0) & (margin >= 0)
     side = 0.5 + 0.5 * (1 + margin / 8).clamp(0, 1).nan_to_num(0)
-    return strict.float(), matched / (torch.maximum(many, want) + spare / 10) * side
-
-# %% ../nbs/14_scenes.ipynb #b3a3b0fb
-def asked(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
-    "Colours (N, 4) and shapes (N, 4) of what captions name, -1 beyond it, and the way (N, 2) of their relations."
-    things = [c.things + [(None, None)] * (4 - len(c.things)) for c in captions]
-    colours, shapes = ({name: i for i, name in enumerate(names)} | {None: -1} for names in (COLOURS, SHAPES))
-    colour = torch.tensor([[colours[c] for c, _ in row] for row in things])
-    shape = torch.tensor([[shapes[s] for _, s in row] for row in things])
-    return colour, shape, torch.tensor([RELATIONS.get(c.relation, (0, 0)) for c in captions]).float()
-
-
-def assign(found: Found, colour: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
-    "For each shape that is asked for, the quality (N, 4) in [0, 1] and the place (N, 4, 2) of the best blob that is left."
-    image, n = found.image, len(colour)
-    excess = found.misfits.gather(1, shape[image].clamp_min(0)) / TOLERANCE - 1
-    value = torch.exp(-excess.clamp_min(0) / 2) * (found.colour[:, None] == colour[image])
-    many = torch.bincount(image, minlength=n)
-    rank = torch.arange(len(image)) - (many.cumsum(0) - many)[image]
-    table, places = torch.zeros(n, int(many.max()) + 1, 4), torch.zeros(n, int(many.max()) + 1, 2)
-    table[image, rank], places[image, rank] = value, found.centre
-    quality, place, rows = [], [], torch.arange(n)
-    for k in range(4):
-        best, which = table[:, :, k].max(1)
-        quality.append(best), place.append(torch.where(best[:, None] > 0, places[rows, which], math.nan))
-        table[rows, which] = torch.where(best[:, None] > 0, 0.0, table[rows, which])
-    return torch.stack(quality, 1), torch.stack(place, 1)
+    return strict.float(), quality.sum(1) / (torch.maximum(there, want) + rest / 10) * side
