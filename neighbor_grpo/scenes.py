@@ -391,7 +391,7 @@ def assign(
     excess = (found.misfits.gather(1, shape[image].clamp_min(0)) / TOLERANCE - 1).clamp_min(0)
     rank, most = torch.arange(len(image)) - (many.cumsum(0) - many)[image], int(many.max()) + 1
     table, places = torch.zeros(len(colour), most, 4), torch.zeros(len(colour), most, 2)
-    table[image, rank] = torch.exp(-excess / 2) * (found.colour[:, None] == colour[image])
+    table[image, rank] = torch.exp(-excess) * (found.colour[:, None] == colour[image])
     places[image, rank] = found.centre
     quality, place = [], []
     for k in range(4):
