@@ -60,6 +60,12 @@ class Caption:
     second: Thing | None = None
     "What it is placed against."
 
+    def __post_init__(self):
+        require((self.second is None) == (self.relation is None), "second", self.second, "a thing where a relation is")
+        require(self.relation in (None, *RELATIONS), "relation", self.relation, f"one of {', '.join(RELATIONS)}")
+        for thing in (self.first, self.second) if self.second else ():
+            require(thing.count == 1, "count", thing.count, "1 in a relation")
+
     def __str__(self) -> str:
         return f"{self.first} {self.relation} {self.second}" if self.second else str(self.first)
 
@@ -96,6 +102,7 @@ def split_captions(
     kind: str,  # 'count' or 'relation'
 ) -> dict[str, list[Caption]]:  # 'unseen' in pretraining; 'held' out of the reinforcement learning; 'train' for it
     "One sixth is never shown in pretraining, one third only in pretraining, one half in both."
+    require(kind in ("count", "relation"), "kind", kind, "'count' or 'relation'")
     parts = {"unseen": [], "held": [], "train": []}
     for caption in all_captions(kind):
         number = sum(list(COLOURS).index(t.colour) * (1, 5)[i] + 2 * SHAPES.index(t.shape) + t.count
@@ -385,21 +392,22 @@ def assign(
     found: Found,  # in N images
     colour: Tensor,  # (N, 4) index into COLOURS of each shape that is asked for, -1 for none
     shape: Tensor,  # (N, 4) index into SHAPES
-) -> tuple[Tensor, Tensor]:  # (N, 4) quality in [0, 1] of the best blob that is left; (N, 4, 2) its centre
-    "Give each shape that is asked for a blob of its colour."
+) -> tuple[Tensor, Tensor]:  # (N, 4) quality in [0, 1] of the blob that it got; (N, 4, 2) its centre, nan for none
+    "Give each shape that is asked for a blob of its colour, the best pairs first."
     image, rows, many = found.image, torch.arange(len(colour)), found.image.bincount(minlength=len(colour))
     excess = (found.misfits.gather(1, shape[image].clamp_min(0)) / TOLERANCE - 1).clamp_min(0)
     rank, most = torch.arange(len(image)) - (many.cumsum(0) - many)[image], int(many.max()) + 1
     table, places = torch.zeros(len(colour), most, 4), torch.zeros(len(colour), most, 2)
     table[image, rank] = torch.exp(-excess) * (found.colour[:, None] == colour[image])
     places[image, rank] = found.centre
-    quality, place = [], []
-    for k in range(4):
-        best, which = table[:, :, k].max(1)
-        quality.append(best)
-        place.append(places[rows, which].masked_fill(best[:, None] == 0, math.nan))
-        table[rows, which] *= best[:, None] == 0
-    return torch.stack(quality, 1), torch.stack(place, 1)
+    quality, place = torch.zeros(len(colour), 4), torch.full((len(colour), 4, 2), math.nan)
+    for _ in range(4):
+        best, which = table.flatten(1).max(1)
+        n = rows[best > 0]
+        blob, thing = which[n] // 4, which[n] % 4
+        quality[n, thing], place[n, thing] = best[n], places[n, blob]
+        table[n, blob], table[n, :, thing] = 0.0, 0.0
+    return quality, place
 
 # %% ../nbs/14_scenes.ipynb #c4f4eb7c
 def verify(

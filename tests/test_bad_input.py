@@ -22,6 +22,7 @@ from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.options import chunk_means, equal_pull, extremes, shape_advantages
 from neighbor_grpo.reweighting import quasi_norm
 from neighbor_grpo.rivals import OPGRPO, TMPO
+from neighbor_grpo.scenes import Caption, Thing, all_captions, draw_layout, find, split_captions, verify
 from neighbor_grpo.sd3 import SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline
 from neighbor_grpo.sde import cps, dance_sde, flow_sde, solve_sde
 from neighbor_grpo.solvers import solve
@@ -199,6 +200,18 @@ CALLS = [
     (lambda: decode(tiny_sd3(), torch.zeros(1, 3, 8, 8)), "latents", "(1, 3, 8, 8)", "(N, 4, h, w)"),
     (lambda: latent_shape(tiny_sd3(), 16, 18), "width", "18", "a multiple of 4"),
     (lambda: latent_shape(tiny_sd3(), 36, 16), "height", "36", "at most 32"),
+    (lambda: Thing("pink", "circle"), "colour", "'pink'", "red, green"),
+    (lambda: Thing("red", "star"), "shape", "'star'", "circle, square, triangle"),
+    (lambda: Thing("red", "circle", 5), "count", "5", "1, 2, 3 or 4"),
+    (lambda: Caption(Thing("red", "circle"), "beside", Thing("blue", "circle")), "relation", "'beside'", "left of"),
+    (lambda: Caption(Thing("red", "circle"), "above"), "second", "None", "a thing where a relation is"),
+    (lambda: Caption(Thing("red", "circle", 2), "above", Thing("blue", "circle")), "count", "2", "1 in a relation"),
+    (lambda: all_captions("pairs"), "kind", "'pairs'", "'single', 'count' or 'relation'"),
+    (lambda: split_captions("single"), "kind", "'single'", "'count' or 'relation'"),
+    (lambda: draw_layout([]), "captions", "[]", "at least one"),
+    (lambda: find(torch.zeros(3, 32, 32)), "images", "(3, 32, 32)", "(N, 3, H, W)"),
+    (lambda: find(torch.zeros(0, 3, 32, 32)), "images", "(0, 3, 32, 32)", "N >= 1"),
+    (lambda: verify(torch.zeros(2, 3, 32, 32), all_captions("single")), "captions", "18", "2, one for each"),
 ]
 
 
