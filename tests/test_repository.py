@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -60,7 +62,7 @@ def tracked_text():
         listed = [path for path in listed if not re.search(r"(^|/)(node_modules|_proc|\.[^/]+|[^/]+\.egg-info)/", path)]
     for name in listed:
         path = ROOT / name
-        if path.is_file() and path.suffix not in (".png", ".jpg", ".gif", ".pyc"):
+        if path.is_file() and path.suffix not in (".png", ".jpg", ".gif", ".pyc", ".safetensors"):
             yield name, path.read_text(encoding="utf-8")
 
 
@@ -120,6 +122,43 @@ def test_version_is_the_same_everywhere():
     version = pages.settings(ROOT)["version"]
     assert neighbor_grpo.__version__ == version
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+# --- what is installed ---
+
+BUILD = "import sys; from setuptools import build_meta as b; out = sys.argv[1]; b.build_wheel(out); b.build_sdist(out)"
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    "The files of a wheel and of a source archive, built without a network from a copy of the checkout."
+    pytest.importorskip("setuptools", "70.1")  # older ones cannot build wheels alone
+    folder = tmp_path_factory.mktemp("build")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("neighbor_grpo", "tests"):
+        shutil.copytree(ROOT / name, folder / "copy" / name, ignore=ignored)
+    for name in ("setup.py", "settings.ini", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, folder / "copy")
+    run(sys.executable, "-c", BUILD, str(folder), cwd=folder / "copy")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel, tarfile.open(next(folder.glob("*.tar.gz"))) as source:
+        inside = {name.partition("/")[2] for name in source.getnames()}
+        return {"wheel": set(wheel.namelist()), "sdist": inside}
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_archives_carry_the_library_and_its_data(kind, archives):
+    files = [path for path in LIBRARY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    missing = {path.relative_to(ROOT).as_posix() for path in files} - archives[kind]
+    assert not missing
+    assert kind != "sdist" or {"settings.ini", "setup.py", "LICENSE"} <= archives[kind]
+    if kind == "wheel":
+        assert all(re.match(r"neighbor_grpo(-[\w.]+\.dist-info)?/", name) for name in archives[kind])
+
+
+def test_pretrained_weights_are_small_and_of_a_safe_kind():
+    files = [path for path in (LIBRARY / "pretrained").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 10_000_000
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".md", ".txt", ".model"}
 
 
 # --- documentation ---
