@@ -292,7 +292,7 @@ library_name: diffusers
 pipeline_tag: text-to-image
 ---
 
-# Scenes: a Stable Diffusion 3 pipeline of four million parameters
+# Scenes: a Stable Diffusion 3 pipeline of 3.5 million parameters
 
 It draws 32x32 pixels for captions such as *three green triangles* or *a red circle left of a blue square*. All of it is
 diffusers' and transformers' own classes, only small. It exists to be trained further: it is the base of the scenes task of
@@ -308,7 +308,7 @@ pipeline = StableDiffusion3Pipeline.from_pretrained("FOLDER").to(torch.float32)
 pipeline("three green triangles", height=32, width=32, guidance_scale=1, max_sequence_length=10).images[0]
 ```
 
-Guidance above 1 makes it count worse. A caption is at most eight words, all of them from the list in `tokenizer/`.
+A caption has at most eight words, of these: {words}. Guidance above 1 makes it count worse.
 
 ## Data
 
@@ -336,8 +336,8 @@ and back it accepts {verified:.0%}.
 
 ## What it cannot do
 
-Anything else. It knows {words} words and one style. It counts and places unreliably, on purpose: what is learned from
-rewards needs room. Larger numbers, more than two kinds of shapes and other sizes are beyond it.
+Anything else. It counts and places unreliably, on purpose, because learning from rewards needs room. Other words and
+styles, larger numbers, more than two kinds of shapes and other sizes of the image are beyond it.
 
 ## Licence
 
@@ -368,7 +368,7 @@ def model_card(
         low, high = wilson(rows[-1][name], settings.watch_images)
         table.append(f"| {title} | {rows[-1][name]:.2f} | {low:.2f} to {high:.2f} |")
     return CARD.format(scenes=settings.scenes, settings="\n".join(values), images=settings.watch_images,
-                       verified=rows[0]["verified"], accuracies="\n".join(table), words=len(words()))
+                       verified=rows[0]["verified"], accuracies="\n".join(table), words=", ".join(words()))
 
 # %% ../nbs/16a_miniature.ipynb #02940e09
 def pretrain(
