@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from neighbor_grpo.cli import DEFAULTS, TASKS, main
+from neighbor_grpo.cli import DEFAULTS, TASKS, main, task_classes
 from neighbor_grpo.rivals import ALGORITHMS
 from neighbor_grpo.training import Checkpoints, TrainSettings, read_rows
 
@@ -131,6 +131,44 @@ def test_bench_prints_a_table(capsys):
     assert len({len(row) for row in cells}) == 1 and all(float(row[4]) > 0 for row in cells)
 
 
+PRETRAIN = "pretrain --scenes 64 --vae_steps 2 --decoder_steps 2 --steps 2 --watch_images 4 --quiet --out"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    "A pipeline of two steps of everything, and what was printed."
+    folder = tmp_path_factory.mktemp("pretrain")
+    code = "import sys; from neighbor_grpo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *PRETRAIN.split(), "new/scenes"]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0 and process.stderr == "", process.stderr
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    return folder / "new" / "scenes", process.stdout.splitlines()
+
+
+def test_pretrain_leaves_a_pipeline_with_its_log_and_model_card(pretrained):
+    folder, printed = pretrained
+    names = {path.name for path in folder.iterdir()}
+    assert {"model_index.json", "transformer", "vae", "tokenizer_3", "log.jsonl", "README.md"} <= names
+    autoencoder, last = read_rows(folder / "log.jsonl")
+    assert autoencoder["vae_steps"] == last["step"] == 2
+    header, row, where = printed
+    assert header.split() == ["single", "count", "count_unseen", "relation", "relation_unseen"]
+    assert row.split() == ["accuracy", *(f"{last[name]:.4g}" for name in header.split())]
+    assert where == "pipeline: new/scenes"
+    card = (folder / "README.md").read_text()
+    assert "| watch_images | 4 |" in card and "| scenes | 64 |" in card
+
+
+def test_pretrain_refuses_a_folder_with_something_in_it(pretrained, capsys):
+    folder, _ = pretrained
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert main([*PRETRAIN.split(), str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and str(folder) in error and "new or empty" in error
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
 # --- help ---
 
 
@@ -157,7 +195,7 @@ def test_help_shows_every_setting_with_its_default_and_meaning(task, algorithm, 
         assert main(["train", task, "--algorithm", algorithm, "--help"]) == 0
     _, *options = re.split(r"^  --", capsys.readouterr().out, flags=re.MULTILINE)
     options = {option.split()[0]: option for option in options}
-    for settings in (TASKS[task][1], ALGORITHMS[algorithm], TrainSettings):
+    for settings in (task_classes(task)[1], ALGORITHMS[algorithm], TrainSettings):
         docs = field_docs(settings)
         for field in dataclasses.fields(settings):
             default = DEFAULTS[task].get(field.name, field.default)
@@ -168,10 +206,21 @@ def test_help_shows_every_setting_with_its_default_and_meaning(task, algorithm, 
             assert all(choice in options[field.name] for choice in choices), field.name
 
 
+def test_help_of_pretrain_shows_every_setting_with_its_default_and_meaning(capsys):
+    from neighbor_grpo.miniature import PretrainSettings
+
+    with suppress(SystemExit):
+        assert main(["pretrain", "--help"]) == 0
+    printed = capsys.readouterr().out
+    docs = field_docs(PretrainSettings)
+    for field in dataclasses.fields(PretrainSettings):
+        assert solid(docs[field.name]) in solid(printed) and f"default: {field.default}" in printed, field.name
+
+
 def test_overview_names_every_command(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    commands = ("train", "evaluate", "sample", "compare", "bench")
+    commands = ("train", "evaluate", "sample", "compare", "bench", "pretrain")
     assert all(re.search(rf"^  {command} .+\.$", printed, re.MULTILINE) for command in commands)
 
 
