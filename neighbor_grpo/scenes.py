@@ -293,7 +293,7 @@ def fit(
     return centre, radius, templates(centre, radius, cover.shape[-1])
 
 # %% ../nbs/14_scenes.ipynb #b210e812
-def weigh(squares: Tensor, area: Tensor) -> Tensor:
+def severity(squares: Tensor, area: Tensor) -> Tensor:
     "Root mean square over the blob's area, or two fifths of the largest, whichever is more: (M, K, H, W) to (M, K)."
     squares = squares.flatten(2)
     return torch.maximum((squares.sum(2) / area).sqrt(), 0.4 * squares.amax(2).sqrt())
@@ -322,8 +322,8 @@ def match(
     cover = (mean[:, None] @ crop.flatten(2)).view_as(crop[:, 0]) / length
     centre, radius, drawn = fit(cover)
     area = cover.flatten(1).sum(1, keepdim=True).clamp_min(1)
-    form = weigh(difference(cover, drawn).square(), area)
-    uneven = weigh((smooth(crop).square().sum(1) / length - smooth(cover).square()).clamp_min(0)[:, None], area)
+    form = severity(difference(cover, drawn).square(), area)
+    uneven = severity((smooth(crop).square().sum(1) / length - smooth(cover).square()).clamp_min(0)[:, None], area)
     return colour, centre, radius, torch.maximum(form, torch.maximum(uneven, off[:, None]) / 2)
 
 # %% ../nbs/14_scenes.ipynb #275521fe
