@@ -15,6 +15,7 @@ from neighbor_grpo.flow import seeded
 from neighbor_grpo.scenes import (
     COLOURS,
     EXTENT,
+    MOST,
     NUMBERS,
     RADII,
     RELATIONS,
@@ -460,3 +461,14 @@ def test_the_best_blob_of_a_colour_is_taken():
 
 def test_thresholds_are_what_the_page_says():
     assert TOLERANCE == 0.065 and REST == 0.2
+
+
+def test_of_many_blobs_only_the_largest_are_looked_at():
+    layout = draw_layout([Caption(Thing("red", "circle"))], seeded(0))
+    dots = torch.tensor([(x, y) for x in range(3, 32, 5) for y in range(3, 32, 5)], dtype=torch.float32)
+    many = Layout(torch.zeros(1, 36).long(), torch.zeros(1, 36).long(), dots[None], torch.full((1, 36), 1.4))
+    images = torch.cat([render(layout), render(many), render(layout)])
+    found = find(images)
+    assert found.image.tolist() == [0] + [1] * MOST + [2]
+    strict, graded = verify(images, [Caption(Thing("red", "circle"))] * 3)
+    assert strict.tolist() == [1, 0, 1] and graded[1] < 0.05
