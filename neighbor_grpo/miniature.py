@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINIATURE', 'LENGTH', 'CARD', 'KINDS', 'spell', 'clip_vocabulary', 'make_tokenizers', 'make_pipeline',
            'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'text_of',
-           'train_transformer', 'draw_images', 'cycle', 'accuracies', 'wilson', 'model_card', 'pretrain',
+           'scene_loss', 'train_transformer', 'draw_images', 'cycle', 'accuracies', 'wilson', 'model_card', 'pretrain',
            'ScenesSettings', 'ScenesTask', 'within']
 
 # %% ../nbs/16a_miniature.ipynb #c72ccd2c
@@ -125,8 +125,10 @@ class PretrainSettings:
     "Steps of the autoencoder."
     decoder_steps: int = 2000
     "More steps of its decoder alone, which leave the latents as they are."
-    steps: int = 2400
-    "Steps of the transformer and the text encoders, 64 scenes each."
+    steps: int = 2000
+    "Steps of the transformer and the text encoders at a constant rate, 64 scenes each."
+    decay_steps: int = 2600
+    "More of them, at a rate that falls to zero, starting from the average of the weights."
     watch_every: int = 200
     "Steps between two rows of the log."
     watch_images: int = 192
@@ -136,7 +138,7 @@ class PretrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("scenes", "vae_steps", "decoder_steps", "steps", "watch_every", "watch_images"):
+        for name in ("scenes", "vae_steps", "decoder_steps", "steps", "decay_steps", "watch_every", "watch_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(self.seed >= 0, "seed", self.seed, ">= 0")
 
@@ -217,6 +219,23 @@ def text_of(
     return embeds, pooled
 
 
+def scene_loss(
+    pipeline: StableDiffusion3Pipeline,
+    latents: Tensor,  # (N, 8, 8, 8)
+    texts: list[str],  # N captions
+    generator: torch.Generator,
+) -> Tensor:  # scalar
+    "The flow-matching loss of 64 scenes at logit-normal times; a tenth of the captions is left out."
+    rows = torch.randint(len(latents), (64,), generator=generator)
+    nameless = torch.rand(64, generator=generator) < 0.1
+    embeds, pooled = text_of(pipeline, ["" if gone else texts[i] for i, gone in zip(rows.tolist(), nameless)])
+    x0, noise = latents[rows], torch.randn(64, *latents.shape[1:], generator=generator)
+    t = torch.randn(64, generator=generator).sigmoid()
+    v = pipeline.transformer(interpolate(x0, noise, t), encoder_hidden_states=embeds, pooled_projections=pooled,
+                             timestep=1000 * t, return_dict=False)[0]
+    return (v - velocity_target(x0, noise)).square().mean()
+
+
 def train_transformer(
     pipeline: StableDiffusion3Pipeline,  # transformer and text encoders are trained in place
     latents: Tensor,  # (N, 8, 8, 8)
@@ -225,34 +244,30 @@ def train_transformer(
     watch: Callable[[int, float, nn.ModuleDict], None],  # called with steps done, mean loss, averaged networks
     progress: bool = True,  # show a progress bar
 ) -> nn.ModuleDict:  # their average
-    "Flow matching at logit-normal times; a tenth of the captions is left out."
-    generator, losses = seeded(settings.seed, 2), []
+    "Flow matching at logit-normal times, first at a constant rate, then from the average at a falling one."
     names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     networks = nn.ModuleDict({name: getattr(pipeline, name) for name in names}).requires_grad_(True)
-    optimizer = torch.optim.AdamW(networks.parameters(), 1.2e-3, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, 100)
-    average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.998))
-    texts = [str(caption) for caption in captions]
-    for step in (bar := trange(settings.steps, desc="transformer", disable=not progress, mininterval=2)):
-        rows = torch.randint(len(latents), (64,), generator=generator)
-        nameless = torch.rand(64, generator=generator) < 0.1
-        embeds, pooled = text_of(pipeline, ["" if gone else texts[i] for i, gone in zip(rows.tolist(), nameless)])
-        x0, noise = latents[rows], torch.randn(64, *latents.shape[1:], generator=generator)
-        t = torch.randn(64, generator=generator).sigmoid()
-        v = pipeline.transformer(interpolate(x0, noise, t), encoder_hidden_states=embeds, pooled_projections=pooled,
-                                 timestep=1000 * t, return_dict=False)[0]
-        loss = (v - velocity_target(x0, noise)).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(networks)
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        if (step + 1) % settings.watch_every == 0 or step + 1 == settings.steps:
-            recent = losses[-settings.watch_every:]
-            watch(step + 1, sum(recent) / len(recent), average.module)
+    texts, losses, done = [str(caption) for caption in captions], [], 0
+    bar = trange(settings.steps + settings.decay_steps, desc="transformer", disable=not progress, mininterval=2)
+    for phase, (steps, lr, ema) in enumerate([(settings.steps, 1.2e-3, 0.998), (settings.decay_steps, 1.5e-3, 0.995)]):
+        generator = seeded(settings.seed, 2 + phase)
+        optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, fused=True)
+        schedule = (torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.04, cycle_momentum=False) if phase
+                    else torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, 100))
+        average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(ema))
+        for _ in range(steps):
+            loss = scene_loss(pipeline, latents, texts, generator)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            average.update_parameters(networks)
+            losses, done = [*losses[1 - settings.watch_every:], loss.item()], done + 1
+            bar.update()
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            if done % settings.watch_every == 0 or done == bar.total: watch(done, sum(losses) / len(losses), average.module)
+        networks.load_state_dict(average.module.state_dict())
     return average.module
 
 # %% ../nbs/16a_miniature.ipynb #4c60db39
@@ -474,7 +489,7 @@ class ScenesTask:
         images = {name: self.sample(velocity, captions) for name, captions in self.watched.items()}
         row = {name: verify(images[name], captions)[0].mean().item() for name, captions in self.watched.items()}
         found = find(images["reward"])
-        return row | dict(radius=found.radius.mean().item(), diversity=within(images["reward"], self.watched["reward"]))
+        return row | dict(radius=found.radius.mean().nan_to_num().item(), diversity=within(images["reward"], self.watched["reward"]))
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save a grid of held-out images of each policy, side by side."
@@ -496,8 +511,9 @@ def within(
     images: Tensor,  # (N, 3, H, W)
     captions: list[Caption],  # N of them
 ) -> float:
-    "Mean distance between images of the same caption over that between rendered scenes of it."
+    "Mean distance between images of the same caption (of all, if none comes twice) over that between rendered scenes."
     rendered = render(draw_layout(captions, seeded(0)))
     groups = [[i for i, c in enumerate(captions) if c == caption] for caption in dict.fromkeys(captions)]
-    spread = lambda x: torch.stack([torch.pdist(x[g].flatten(1)).mean() for g in groups if len(g) > 1]).mean()
+    groups = [group for group in groups if len(group) > 1] or [list(range(len(captions)))]
+    spread = lambda x: torch.stack([torch.pdist(x[group].flatten(1)).mean() for group in groups]).mean()
     return (spread(images) / spread(rendered)).item()
