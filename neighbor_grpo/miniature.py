@@ -12,6 +12,7 @@ __all__ = ['MINIATURE', 'LENGTH', 'CARD', 'KINDS', 'spell', 'clip_vocabulary', '
 import copy
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -247,12 +248,13 @@ def train_transformer(
     "Flow matching at logit-normal times, first at a constant rate, then from the average at a falling one."
     names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     networks = nn.ModuleDict({name: getattr(pipeline, name) for name in names}).requires_grad_(True)
-    texts, losses, done = [str(caption) for caption in captions], [], 0
+    texts, losses, done = [str(caption) for caption in captions], deque(maxlen=settings.watch_every), 0
     bar = trange(settings.steps + settings.decay_steps, desc="transformer", disable=not progress, mininterval=2)
     for phase, (steps, lr, ema) in enumerate([(settings.steps, 1.2e-3, 0.998), (settings.decay_steps, 1.5e-3, 0.995)]):
         generator = seeded(settings.seed, 2 + phase)
         optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, fused=True)
-        schedule = (torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.04, cycle_momentum=False) if phase
+        rise = 0.04 + 0.01 * (steps == 25)  # as above
+        schedule = (torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=rise, cycle_momentum=False) if phase
                     else torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, 100))
         average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(ema))
         for _ in range(steps):
@@ -263,7 +265,8 @@ def train_transformer(
             optimizer.step()
             schedule.step()
             average.update_parameters(networks)
-            losses, done = [*losses[1 - settings.watch_every:], loss.item()], done + 1
+            losses.append(loss.item())
+            done += 1
             bar.update()
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             if done % settings.watch_every == 0 or done == bar.total: watch(done, sum(losses) / len(losses), average.module)
