@@ -23,9 +23,11 @@ from neighbor_grpo.training import (
     append_row,
     choose_prompts,
     kept,
+    load_trained,
     plot_run,
     read_config,
     read_rows,
+    trained_state,
     write_atomically,
 )
 
@@ -462,6 +464,77 @@ def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ValueError, match="out must be a run folder"):
         run(tmp_path / "nowhere", resume=True)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what is not trained ---
+
+
+def half_frozen(seed=0):
+    "Two layers, the first frozen, and a buffer."
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    network[0].requires_grad_(False)
+    return network
+
+
+def test_what_is_stored_is_what_can_change():
+    stored = trained_state(half_frozen())
+    buffers = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert stored.keys() == {"1.weight", "1.bias", "2.weight", "2.bias", *buffers}
+
+
+def test_what_is_frozen_stays_and_the_rest_comes_back():
+    one, other = half_frozen(0), half_frozen(1)
+    before = other[0].weight.clone()
+    load_trained(other, trained_state(one))
+    assert torch.equal(other[0].weight, before) and not torch.equal(before, one[0].weight)
+    assert all(torch.equal(value, trained_state(one)[name]) for name, value in trained_state(other).items())
+    other[2].weight.data += 1
+    assert not torch.equal(other[2].weight, one[2].weight), "a copy, not the same memory"
+
+
+@pytest.mark.parametrize("change", [lambda state: state.pop("2.bias"), lambda state: state.update(more=torch.zeros(1))])
+def test_a_state_with_other_names_is_refused(change):
+    state = trained_state(half_frozen())
+    change(state)
+    with pytest.raises(RuntimeError, match="more|2.bias"):
+        load_trained(half_frozen(), state)
+
+
+def test_checkpoints_hold_no_frozen_weights_and_resume_exactly(tmp_path):
+    def task():
+        task = TinyTask()
+        task.policy.net[0].requires_grad_(False)
+        return task
+
+    run(tmp_path / "whole", task())
+    (tensors, _), frozen = Checkpoints(tmp_path / "whole" / "checkpoints").load(), {"net.0.weight", "net.0.bias"}
+    assert frozen < task().policy.state_dict().keys()
+    assert tensors["policy"].keys() == tensors["ema"].keys() == task().policy.state_dict().keys() - frozen
+    run(tmp_path / "parts", task(), iterations=4)
+    trainer = run(tmp_path / "parts", task(), resume=True)
+    assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
+    assert torch.equal(trainer.policy.net[0].weight, task().policy.net[0].weight)
+
+
+def guided_task():
+    "A policy that rolls out with other guidance than it is trained with."
+    task = TinyTask()
+    task.policy.split_guidance = True
+    return task
+
+
+@pytest.mark.parametrize("settings", [dict(updates=2), dict(updates=1, collector="average")])
+def test_stored_velocities_of_another_guidance_are_not_compared(settings, tmp_path):
+    with pytest.raises(ValueError, match="train_guidance_scale must be that of the rollout unless updates is 1"):
+        Trainer(guided_task(), ALGORITHM, replace(SETTINGS, **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    Trainer(TinyTask(), ALGORITHM, replace(SETTINGS, **settings))
+
+
+def test_another_guidance_is_fine_where_the_ratio_starts_at_one():
+    trainer = Trainer(guided_task(), ALGORITHM, replace(SETTINGS, updates=1))
+    assert trainer.step()["ratio_max"] == 1
 
 
 # --- files ---
