@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from neighbor_grpo.flow import denoised, interpolate, randn, seeded, time_grid
 from neighbor_grpo.forward import VGRPO, DiffusionNFT, forward_times
 from neighbor_grpo.grpo import clipped_surrogate, combine_rewards, group_advantages
 from neighbor_grpo.leaping import leaping_log_probs
+from neighbor_grpo.miniature import PretrainSettings, ScenesSettings, ScenesTask, pretrain
 from neighbor_grpo.mixed import MixGRPO, MixGRPOFlash, TempFlowGRPO
 from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.options import chunk_means, equal_pull, extremes, shape_advantages
@@ -212,6 +214,17 @@ CALLS = [
     (lambda: find(torch.zeros(3, 32, 32)), "images", "(3, 32, 32)", "(N, 3, H, W)"),
     (lambda: find(torch.zeros(0, 3, 32, 32)), "images", "(0, 3, 32, 32)", "N >= 1"),
     (lambda: verify(torch.zeros(2, 3, 32, 32), all_captions("single")), "captions", "18", "2, one for each"),
+    (lambda: PretrainSettings(scenes=0), "scenes", "0", "an integer >= 1"),
+    (lambda: PretrainSettings(cycles=0), "cycles", "0", "an integer >= 1"),
+    (lambda: PretrainSettings(watch_images=2.5), "watch_images", "2.5", "an integer"),
+    (lambda: PretrainSettings(seed=-1), "seed", "-1", ">= 0"),
+    (lambda: pretrain(Path(__file__).parent), "folder", "tests'", "new or empty"),
+    (lambda: ScenesSettings(rewarded="single"), "rewarded", "'single'", "count, relation"),
+    (lambda: ScenesSettings(reward="mean"), "reward", "'mean'", "graded, strict"),
+    (lambda: ScenesSettings(eval_images=47), "eval_images", "47", ">= 48"),
+    (lambda: ScenesSettings(eval_steps=0), "eval_steps", "0", ">= 1"),
+    (lambda: ScenesSettings(lora_rank=-1), "lora_rank", "-1", ">= 0"),
+    (lambda: ScenesTask(source="nowhere"), "source", "'nowhere'", "a folder with"),
 ]
 
 

@@ -131,7 +131,10 @@ def test_bench_prints_a_table(capsys):
     assert len({len(row) for row in cells}) == 1 and all(float(row[4]) > 0 for row in cells)
 
 
-PRETRAIN = "pretrain --scenes 64 --vae_steps 2 --decoder_steps 2 --steps 1 --decay_steps 1 --watch_images 4 --quiet --out"
+PRETRAIN = (
+    "pretrain --scenes 64 --vae_steps 2 --decoder_steps 2 --steps 1 --decay_steps 1 --cycles 1 --watch_images 4 "
+    "--quiet --out"
+)
 
 
 @pytest.fixture(scope="module")
