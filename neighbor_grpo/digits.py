@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .algorithms import check_types
 from .flow import TimeEmbedding, Velocity, randn, require, seeded, time_grid, train_flow
 from .solvers import solve
-from .training import kept
+from .training import draw_panels, kept
 
 # %% ../nbs/12_digits.ipynb #103f1eb7
 NULL = 10  # the label that stands for any digit
@@ -218,9 +218,8 @@ class DigitsTask:
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save a grid of held-out images of each policy, side by side."
-        figure, axes = plt.subplots(1, len(policies), figsize=(4 * len(policies), 4), squeeze=False)
-        for axis, (title, velocity) in zip(axes[0], policies.items()):
+        def paint(axis: plt.Axes, velocity: Velocity) -> None:
             axis.imshow(mosaic(self.sample(velocity, 64)), cmap="gray", vmin=-1, vmax=1)
-            axis.set(title=title, xticks=[], yticks=[])
-        figure.savefig(path, dpi=100, bbox_inches="tight")
-        plt.close(figure)
+            axis.set(xticks=[], yticks=[])
+
+        draw_panels(policies, paint, path)

@@ -32,7 +32,7 @@ from .scenes import SIZE, Caption, all_captions, draw_layout, find, render, spli
 from .sd3 import (SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline,
                                pipeline_shift, quiet, save_policy)
 from .solvers import solve
-from .training import append_row, read_rows
+from .training import append_row, draw_panels, read_rows
 
 # %% ../nbs/16a_miniature.ipynb #e1abb225
 with quiet():  # without hints to install torchvision, which would break things
@@ -129,7 +129,9 @@ class PretrainSettings:
     steps: int = 2000
     "Steps of the transformer and the text encoders at a constant rate, 64 scenes each."
     decay_steps: int = 2600
-    "More of them, at a rate that falls to zero, starting from the average of the weights."
+    "More of them, at a rate that falls to zero, starting from the average of the weights ..."
+    cycles: int = 3
+    "... and so many times over."
     watch_every: int = 200
     "Steps between two rows of the log."
     watch_images: int = 192
@@ -139,7 +141,7 @@ class PretrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("scenes", "vae_steps", "decoder_steps", "steps", "decay_steps", "watch_every", "watch_images"):
+        for name in ("scenes", "vae_steps", "decoder_steps", "steps", "decay_steps", "cycles", "watch_every", "watch_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(self.seed >= 0, "seed", self.seed, ">= 0")
 
@@ -245,12 +247,14 @@ def train_transformer(
     watch: Callable[[int, float, nn.ModuleDict], None],  # called with steps done, mean loss, averaged networks
     progress: bool = True,  # show a progress bar
 ) -> nn.ModuleDict:  # their average
-    "Flow matching at logit-normal times, first at a constant rate, then from the average at a falling one."
+    "Flow matching at logit-normal times, first at a constant rate, then in cycles of a falling one."
     names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
     networks = nn.ModuleDict({name: getattr(pipeline, name) for name in names}).requires_grad_(True)
     texts, losses, done = [str(caption) for caption in captions], deque(maxlen=settings.watch_every), 0
-    bar = trange(settings.steps + settings.decay_steps, desc="transformer", disable=not progress, mininterval=2)
-    for phase, (steps, lr, ema) in enumerate([(settings.steps, 1.2e-3, 0.998), (settings.decay_steps, 1.5e-3, 0.995)]):
+    peaks = [1.5e-3, 1.5e-3, *[8e-4] * settings.cycles][:settings.cycles]
+    phases = [(settings.steps, 1.2e-3, 0.998), *[(settings.decay_steps, lr, 0.995) for lr in peaks]]
+    bar = trange(sum(phase[0] for phase in phases), desc="transformer", disable=not progress, mininterval=2)
+    for phase, (steps, lr, ema) in enumerate(phases):
         generator = seeded(settings.seed, 2 + phase)
         optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, fused=True)
         rise = 0.04 + 0.01 * (steps == 25)  # as above
@@ -497,13 +501,12 @@ class ScenesTask:
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save a grid of held-out images of each policy, side by side."
         captions = self.watched["reward"][:32]
-        figure, axes = plt.subplots(1, len(policies), figsize=(5 * len(policies), 3), squeeze=False)
-        for axis, (title, velocity) in zip(axes[0], policies.items()):
-            rows = [torch.cat(list(row), 2) for row in F.pad(self.sample(velocity, captions), (1, 1, 1, 1), value=1.0).split(8)]
-            axis.imshow(torch.cat(rows, 1).permute(1, 2, 0))
-            axis.set(title=title, xticks=[], yticks=[])
-        figure.savefig(path, dpi=100, bbox_inches="tight")
-        plt.close(figure)
+        def paint(axis: plt.Axes, velocity: Velocity) -> None:
+            framed = F.pad(self.sample(velocity, captions), (1, 1, 1, 1), value=1.0)
+            axis.imshow(torch.cat([torch.cat(list(row), 2) for row in framed.split(8)], 1).permute(1, 2, 0).numpy())
+            axis.set(xticks=[], yticks=[])
+
+        draw_panels(policies, paint, path, (5, 3))
 
     def save(self, velocity: SD3Policy, folder: str | Path) -> None:
         "Write what a plain `StableDiffusion3Pipeline` opens."

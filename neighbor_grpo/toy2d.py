@@ -18,7 +18,7 @@ from torch import Tensor
 from .algorithms import check_types
 from .flow import Velocity, VelocityMLP, eight_gaussians, randn, require, seeded, time_grid, train_flow
 from .solvers import solve
-from .training import kept
+from .training import draw_panels, kept
 
 # %% ../nbs/11_toy2d.ipynb #e432b7c9
 def mode_means(
@@ -94,10 +94,9 @@ class ToyTask:
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save samples of each policy side by side."
-        figure, axes = plt.subplots(1, len(policies), figsize=(4 * len(policies), 4), squeeze=False)
-        for axis, (title, velocity) in zip(axes[0], policies.items()):
+        def paint(axis: plt.Axes, velocity: Velocity) -> None:
             axis.scatter(*self.sample(velocity, 1000).T, s=3, alpha=0.5, color="#0072B2")
             axis.plot(*self.mean, "+", ms=14, mew=2, color="#D55E00")
-            axis.set(title=title, xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
-        figure.savefig(path, dpi=100, bbox_inches="tight")
-        plt.close(figure)
+            axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+
+        draw_panels(policies, paint, path)

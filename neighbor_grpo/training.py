@@ -6,7 +6,7 @@
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'TrainSettings', 'choose_prompts', 'world', 'gather',
            'merged', 'average_gradients', 'write_atomically', 'append_row', 'read_rows', 'Checkpoints',
            'flat_optimizer', 'load_optimizer', 'trained_state', 'load_trained', 'kept', 'run_config', 'read_config',
-           'check_config', 'open_run', 'Trainer', 'plot_run']
+           'check_config', 'open_run', 'Trainer', 'plot_run', 'draw_panels']
 
 # %% ../nbs/10_training.ipynb #77cc7e19
 import copy
@@ -473,5 +473,20 @@ def plot_run(
     axis.set(xlabel="iteration", ylabel="reward")
     axis.legend()
     if path is None: return
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+# %% ../nbs/10_training.ipynb #1d7f9636
+def draw_panels(
+    policies: dict[str, Velocity],  # by title
+    paint: Callable[[plt.Axes, Velocity], None],  # fills one panel
+    path: str | Path,  # of the picture
+    size: tuple[float, float] = (4, 4),  # of a panel, in inches
+) -> None:
+    "Save one panel for each policy, side by side."
+    figure, axes = plt.subplots(1, len(policies), figsize=(size[0] * len(policies), size[1]), squeeze=False)
+    for axis, (title, velocity) in zip(axes[0], policies.items()):
+        paint(axis, velocity)
+        axis.set_title(title)
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
