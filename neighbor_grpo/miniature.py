@@ -347,7 +347,7 @@ pipeline = StableDiffusion3Pipeline.from_pretrained("FOLDER").to(torch.float32)
 pipeline("three green triangles", height=32, width=32, guidance_scale=1, max_sequence_length=10).images[0]
 ```
 
-A caption has at most eight words, of these: {words}. Guidance above 1 makes it count worse.
+A caption has at most eight words, of these: {words}. A guidance scale of 4.5, as for photographs, ruins it.
 
 ## Data
 
