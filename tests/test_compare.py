@@ -309,6 +309,7 @@ get_context = multiprocessing.get_context
 multiprocessing.get_context = lambda name: get_context("fork")
 compare.plot_curves = lambda *arguments, **options: None
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with it ignored
 for line in sys.stdin:
     argv, what, at = json.loads(line)
     count = multiprocessing.Value("i", 0)

@@ -433,7 +433,7 @@ def test_blobs_do_not_add_up():
     nothing = torch.zeros(1, 16, dtype=torch.long)
     images = render(Layout(nothing, nothing, centre, torch.full((1, 16), 2.8)))
     for count in (1, 4):
-        assert verify(images, [Caption(Thing("red", "circle", count))])[1].item() == pytest.approx(count / 16, abs=0.01)
+        assert 0 < verify(images, [Caption(Thing("red", "circle", count))])[1].item() <= count / 16
 
 
 def test_the_side_fades():
