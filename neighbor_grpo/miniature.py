@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINIATURE', 'LENGTH', 'CARD', 'KINDS', 'spell', 'clip_vocabulary', 'make_tokenizers', 'make_pipeline',
-           'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'text_of',
-           'scene_loss', 'train_transformer', 'draw_images', 'cycle', 'accuracies', 'wilson', 'model_card', 'pretrain',
+           'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'scene_loss',
+           'train_transformer', 'draw_images', 'cycle', 'accuracies', 'wilson', 'model_card', 'pretrain',
            'ScenesSettings', 'ScenesTask', 'within']
 
 # %% ../nbs/16a_miniature.ipynb #c72ccd2c
@@ -30,7 +30,7 @@ from .algorithms import check_types, take
 from .flow import Velocity, interpolate, randn, require, seeded, time_grid, velocity_target
 from .scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words
 from .sd3 import (SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline,
-                               pipeline_shift, quiet, save_policy)
+                               pipeline_shift, quiet, save_policy, text_of)
 from .solvers import solve
 from .training import append_row, draw_panels, read_rows
 
@@ -212,16 +212,6 @@ def encode_scenes(
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 # %% ../nbs/16a_miniature.ipynb #a0c18ec3
-def text_of(
-    pipeline: StableDiffusion3Pipeline,
-    texts: list[str],
-) -> tuple[Tensor, Tensor]:  # embeds (N, L, D); pooled (N, E)
-    "The pipeline's own encoding, with gradients if they are on."
-    embeds, _, pooled, _ = pipeline.encode_prompt(texts, None, None, do_classifier_free_guidance=False,
-                                                  max_sequence_length=LENGTH)
-    return embeds, pooled
-
-
 def scene_loss(
     pipeline: StableDiffusion3Pipeline,
     latents: Tensor,  # (N, 8, 8, 8)
@@ -231,7 +221,7 @@ def scene_loss(
     "The flow-matching loss of 64 scenes at logit-normal times; a tenth of the captions is left out."
     rows = torch.randint(len(latents), (64,), generator=generator)
     nameless = torch.rand(64, generator=generator) < 0.1
-    embeds, pooled = text_of(pipeline, ["" if gone else texts[i] for i, gone in zip(rows.tolist(), nameless)])
+    embeds, pooled = text_of(pipeline, ["" if gone else texts[i] for i, gone in zip(rows.tolist(), nameless)], LENGTH)
     x0, noise = latents[rows], torch.randn(64, *latents.shape[1:], generator=generator)
     t = torch.randn(64, generator=generator).sigmoid()
     v = pipeline.transformer(interpolate(x0, noise, t), encoder_hidden_states=embeds, pooled_projections=pooled,

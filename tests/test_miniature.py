@@ -256,7 +256,9 @@ def pretrain_transformer(seed, global_seed, **more):
 
 def test_the_transformer_and_the_text_encoders_learn_together(monkeypatch):
     texts, encode = [], miniature.text_of
-    monkeypatch.setattr(miniature, "text_of", lambda p, batch: (texts.extend(batch), encode(p, batch))[1])
+    monkeypatch.setattr(
+        miniature, "text_of", lambda p, batch, length: (texts.extend(batch), encode(p, batch, length))[1]
+    )
     pipeline, average, rows = pretrain_transformer(0, 0)
     assert [step for step, _ in rows] == [4, 8, 9] and rows[-1][1] < 0.9 * rows[0][1]
     fresh = make_pipeline()
