@@ -158,6 +158,17 @@ class VelocityMLP(nn.Module):
         return self.out(nn.functional.silu(h))
 
 # %% ../nbs/00_flow.ipynb #7ee52dc9
+def one_cycle(
+    optimizer: torch.optim.Optimizer,
+    lr: float,  # peak learning rate
+    steps: int,  # >= 1
+    rise: float = 0.1,  # part of the steps until the peak
+    **options: object,  # of torch's schedule
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    "torch's schedule, which divides by zero where the rise takes exactly one step."
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=rise + 0.01 * (rise * steps == 1), **options)
+
+# %% ../nbs/00_flow.ipynb #2a2de7b5
 def train_flow(
     network: nn.Module,  # the velocity, trained in place
     batch: Callable[[torch.Generator], tuple[Tensor, object]],  # draws (x0, cond)
@@ -171,7 +182,7 @@ def train_flow(
     generator, losses = seeded(seed, 0), []
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema))
     optimizer = torch.optim.AdamW(network.parameters(), lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, lr, steps)
     for _ in (bar := trange(steps, desc="pretraining", disable=not progress, mininterval=0.5)):
         loss = flow_matching_loss(network, *batch(generator), generator)
         optimizer.zero_grad()

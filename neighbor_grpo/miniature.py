@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MINIATURE', 'LENGTH', 'CARD', 'KINDS', 'spell', 'clip_vocabulary', 'make_tokenizers', 'make_pipeline',
-           'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'scene_loss',
-           'train_transformer', 'draw_images', 'cycle', 'accuracies', 'wilson', 'model_card', 'pretrain',
-           'ScenesSettings', 'ScenesTask', 'within']
+           'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'scene_velocity',
+           'scene_loss', 'networks_of', 'with_networks', 'train_transformer', 'draw_images', 'cycle', 'accuracies',
+           'wilson', 'model_card', 'pretrain', 'ScenesSettings', 'ScenesTask', 'within']
 
 # %% ../nbs/16a_miniature.ipynb #c72ccd2c
 import copy
@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
 from .algorithms import check_types, take
-from .flow import Velocity, interpolate, randn, require, seeded, time_grid, velocity_target
+from .flow import Velocity, interpolate, one_cycle, randn, require, seeded, time_grid, velocity_target
 from .scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words
 from .sd3 import (SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline,
                                pipeline_shift, quiet, save_policy, text_of)
@@ -126,13 +127,13 @@ class PretrainSettings:
     "Steps of the autoencoder."
     decoder_steps: int = 2000
     "More steps of its decoder alone, which leave the latents as they are."
-    steps: int = 2000
-    "Steps of the transformer and the text encoders at a constant rate, 64 scenes each."
-    decay_steps: int = 2600
-    "More of them, at a rate that falls to zero, starting from the average of the weights ..."
-    cycles: int = 3
-    "... and so many times over."
-    watch_every: int = 200
+    steps: int = 8000
+    "Steps of the transformer and the text encoders, 64 scenes each."
+    guidance_steps: int = 300
+    "More of them, in which the transformer is taught to do without guidance ..."
+    guidance: float = 2.0
+    "... of this scale."
+    watch_every: int = 500
     "Steps between two rows of the log."
     watch_images: int = 192
     "Images of each kind of caption behind the figures of a row."
@@ -141,8 +142,9 @@ class PretrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("scenes", "vae_steps", "decoder_steps", "steps", "decay_steps", "cycles", "watch_every", "watch_images"):
+        for name in ("scenes", "vae_steps", "decoder_steps", "steps", "guidance_steps", "watch_every", "watch_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        require(self.guidance >= 1, "guidance", self.guidance, ">= 1")
         require(self.seed >= 0, "seed", self.seed, ">= 0")
 
 # %% ../nbs/16a_miniature.ipynb #b5a2140e
@@ -180,8 +182,7 @@ def train_vae(
     vae.train().requires_grad_(True).to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(encoder)
     optimizer = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr)
-    rise = 0.05 + 0.01 * (steps == 20)  # torch divides by zero where the rise takes one step
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=rise)
+    schedule = one_cycle(optimizer, lr, steps, rise=0.05)
     for step in (bar := trange(steps, desc="autoencoder", disable=not progress, mininterval=2)):
         x = images[torch.randint(len(images), (64 if step < 0.8 * steps else 32,), generator=generator)]
         if step < 0.8 * steps:  # convolutions learn as much from a quarter of the pixels; the rest teaches them the border
@@ -212,60 +213,79 @@ def encode_scenes(
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 # %% ../nbs/16a_miniature.ipynb #a0c18ec3
+def scene_velocity(
+    pipeline: StableDiffusion3Pipeline,
+    x: Tensor,  # (N, 8, 8, 8)
+    t: Tensor,  # (N,) in [0, 1]
+    texts: list[str],  # N captions
+) -> Tensor:  # (N, 8, 8, 8)
+    "The transformer's velocity, with gradients into the text encoders."
+    embeds, pooled = text_of(pipeline, texts, LENGTH)
+    return pipeline.transformer(x, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=1000 * t, return_dict=False)[0]
+
+
 def scene_loss(
     pipeline: StableDiffusion3Pipeline,
     latents: Tensor,  # (N, 8, 8, 8)
     texts: list[str],  # N captions
     generator: torch.Generator,
+    teacher: StableDiffusion3Pipeline | None = None,  # whose guided velocity is the target; None: the scenes are
+    scale: float = 1.0,  # of the guidance
 ) -> Tensor:  # scalar
     "The flow-matching loss of 64 scenes at logit-normal times; a tenth of the captions is left out."
     rows = torch.randint(len(latents), (64,), generator=generator)
     nameless = torch.rand(64, generator=generator) < 0.1
-    embeds, pooled = text_of(pipeline, ["" if gone else texts[i] for i, gone in zip(rows.tolist(), nameless)], LENGTH)
+    texts = ["" if gone else texts[i] for i, gone in zip(rows.tolist(), nameless)]
     x0, noise = latents[rows], torch.randn(64, *latents.shape[1:], generator=generator)
     t = torch.randn(64, generator=generator).sigmoid()
-    v = pipeline.transformer(interpolate(x0, noise, t), encoder_hidden_states=embeds, pooled_projections=pooled,
-                             timestep=1000 * t, return_dict=False)[0]
-    return (v - velocity_target(x0, noise)).square().mean()
+    x, target = interpolate(x0, noise, t), velocity_target(x0, noise)
+    if teacher:
+        with torch.no_grad(): target = torch.lerp(*(scene_velocity(teacher, x, t, asked) for asked in ([""] * 64, texts)), scale)
+    return (scene_velocity(pipeline, x, t, texts) - target).square().mean()
+
+# %% ../nbs/16a_miniature.ipynb #08ae149f
+def networks_of(pipeline: StableDiffusion3Pipeline) -> nn.ModuleDict:
+    "What learns together: the transformer and the text encoders."
+    return nn.ModuleDict({name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")})
+
+
+def with_networks(
+    pipeline: StableDiffusion3Pipeline,
+    networks: nn.ModuleDict,  # of `networks_of`
+) -> StableDiffusion3Pipeline:  # shares everything else
+    "The pipeline with other networks."
+    other = copy.copy(pipeline)
+    for name, network in networks.items(): setattr(other, name, network)
+    return other
 
 
 def train_transformer(
     pipeline: StableDiffusion3Pipeline,  # transformer and text encoders are trained in place
-    latents: Tensor,  # (N, 8, 8, 8)
-    captions: list[Caption],  # N of them
-    settings: PretrainSettings,
+    loss_of: Callable[[], Tensor],  # of one batch
+    steps: int,  # of AdamW, >= 1
+    lr: float,  # peak of its learning rate
     watch: Callable[[int, float, nn.ModuleDict], None],  # called with steps done, mean loss, averaged networks
+    watch_every: int = 500,  # steps between two calls
     progress: bool = True,  # show a progress bar
-) -> nn.ModuleDict:  # their average
-    "Flow matching at logit-normal times, first at a constant rate, then in cycles of a falling one."
-    names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-    networks = nn.ModuleDict({name: getattr(pipeline, name) for name in names}).requires_grad_(True)
-    texts, losses, done = [str(caption) for caption in captions], deque(maxlen=settings.watch_every), 0
-    peaks = [1.5e-3, 1.5e-3, *[8e-4] * settings.cycles][:settings.cycles]
-    phases = [(settings.steps, 1.2e-3, 0.998), *[(settings.decay_steps, lr, 0.995) for lr in peaks]]
-    bar = trange(sum(phase[0] for phase in phases), desc="transformer", disable=not progress, mininterval=2)
-    for phase, (steps, lr, ema) in enumerate(phases):
-        generator = seeded(settings.seed, 2 + phase)
-        optimizer = torch.optim.AdamW(networks.parameters(), lr, weight_decay=0.01, fused=True)
-        rise = 0.04 + 0.01 * (steps == 25)  # as above
-        schedule = (torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=rise, cycle_momentum=False) if phase
-                    else torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, 1.0, 100))
-        average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(ema))
-        for _ in range(steps):
-            loss = scene_loss(pipeline, latents, texts, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            average.update_parameters(networks)
-            losses.append(loss.item())
-            done += 1
-            bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            if done % settings.watch_every == 0 or done == bar.total: watch(done, sum(losses) / len(losses), average.module)
-        networks.load_state_dict(average.module.state_dict())
-    return average.module
+) -> None:
+    "Minimise a loss; the pipeline is left with the average of the weights."
+    networks, losses = networks_of(pipeline).requires_grad_(True), deque(maxlen=watch_every)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = one_cycle(optimizer, lr, steps, rise=0.05, cycle_momentum=False)
+    average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.995))
+    for step in (bar := trange(1, steps + 1, desc="transformer", disable=not progress, mininterval=2)):
+        loss = loss_of()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(networks)
+        losses.append(loss.item())
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        if step % watch_every == 0 or step == steps: watch(step, sum(losses) / len(losses), average.module)
+    networks.load_state_dict(average.module.state_dict())
+    networks.requires_grad_(False)
 
 # %% ../nbs/16a_miniature.ipynb #4c60db39
 @torch.no_grad()
@@ -409,13 +429,14 @@ def pretrain(
     error = (back - images[:500].float() / 255).square().mean().item()
     log(vae_steps=settings.vae_steps, decibel=-10 * math.log10(error), verified=verify(back, captions[:500])[0].mean().item())
 
-    def watch(step: int, loss: float, average: nn.ModuleDict) -> None:
-        shown = copy.copy(pipeline)
-        for name, network in average.items(): setattr(shown, name, network)
-        log(step=step, loss=loss, **accuracies(shown, settings.watch_images))
-
-    average = train_transformer(pipeline, latents, captions, settings, watch, progress)
-    for name, network in average.items(): setattr(pipeline, name, network.eval().requires_grad_(False))
+    texts, teacher = [str(caption) for caption in captions], None
+    for stage, steps, lr in (("flow", settings.steps, 1.5e-3), ("guidance", settings.guidance_steps, 5e-4)):
+        draws = seeded(settings.seed, 2 + (stage == "guidance"))
+        loss_of = partial(scene_loss, pipeline, latents, texts, draws, teacher, settings.guidance)
+        def watch(step: int, loss: float, average: nn.ModuleDict) -> None:
+            log(stage=stage, step=step, loss=loss, **accuracies(with_networks(pipeline, average), settings.watch_images))
+        train_transformer(pipeline, loss_of, steps, lr, watch, settings.watch_every, progress)
+        teacher = with_networks(pipeline, copy.deepcopy(networks_of(pipeline)))
     for part in pipeline.components.values():
         if isinstance(part, nn.Module): nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
     with quiet(): pipeline.save_pretrained(folder)
