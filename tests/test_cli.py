@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import pytest
 
-from neighbor_grpo.cli import DEFAULTS, TASKS, main, task_classes
+from neighbor_grpo.cli import TASKS, defaults_of, main, task_classes
 from neighbor_grpo.rivals import ALGORITHMS
 from neighbor_grpo.training import Checkpoints, TrainSettings, read_rows
 
@@ -132,8 +132,7 @@ def test_bench_prints_a_table(capsys):
 
 
 PRETRAIN = (
-    "pretrain --scenes 64 --vae_steps 2 --decoder_steps 2 --steps 1 --decay_steps 1 --cycles 1 --watch_images 4 "
-    "--quiet --out"
+    "pretrain --scenes 64 --vae_steps 2 --decoder_steps 2 --steps 1 --guidance_steps 1 --watch_images 4 --quiet --out"
 )
 
 
@@ -201,7 +200,7 @@ def test_help_shows_every_setting_with_its_default_and_meaning(task, algorithm, 
     for settings in (task_classes(task)[1], ALGORITHMS[algorithm], TrainSettings):
         docs = field_docs(settings)
         for field in dataclasses.fields(settings):
-            default = DEFAULTS[task].get(field.name, field.default)
+            default = defaults_of(task, algorithm).get(field.name, field.default)
             assert solid(docs[field.name]) in solid(options[field.name]), field.name
             line = re.compile(rf"default:\s+{re.escape(str(default))}[\s)]", re.IGNORECASE)
             assert line.search(options[field.name] + " "), field.name

@@ -15,6 +15,7 @@ from neighbor_grpo.flow import (
     flow_matching_loss,
     implied_noise,
     interpolate,
+    one_cycle,
     randn,
     seeded,
     time_grid,
@@ -204,6 +205,21 @@ def test_training_lowers_the_loss_and_repeats_itself():
 def test_average_without_memory_is_the_last_network():
     network, average, _ = train_small(0, ema=0.0, steps=5)
     torch.testing.assert_close(weights(average), weights(network), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 40])
+@pytest.mark.parametrize("rise", [0.1, 0.05])
+def test_the_rate_rises_and_falls_once(steps, rise):
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+    schedule, rates = one_cycle(optimizer, 1e-3, steps, rise), []
+    for step in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < steps - 1:
+            schedule.step()
+    top = rates.index(max(rates))
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert 0 < rates[-1] <= max(rates) <= 1e-3 * (1 + 1e-9) and (steps < 10 or rates[-1] < 1e-6 < 5e-4 < max(rates))
 
 
 def test_eight_gaussians_lie_on_a_circle():
