@@ -84,6 +84,10 @@ class States:
 
     def __len__(self) -> int: return len(self.step)
 
+    def inputs(self, rollout: Rollout) -> tuple[Tensor, Tensor, object]:
+        "What a velocity takes at these states."
+        return self.of(rollout.x), self.times(rollout.ts)[0], take(rollout.cond, self.prompt)
+
     def split(self, size: int) -> "Iterator[States]":
         "Micro-batches of at most `size` states; 0 means all at once. Of no states there are none."
         if len(self) == 0: return iter(())
@@ -143,6 +147,8 @@ class Algorithm:
     "c of the two-sided clip of the ratio to [1 - c, 1 + c]."
     kl_weight: float = 0.0
     "Weight of the penalty that keeps the policy near the reference; costs one more evaluation per trained state."
+    hold_weight: float = 0.0
+    "Weight of a penalty that keeps the other steps at the reference; costs one more state per trained candidate."
     micro_batch: int = 0
     "Trained states that go through the network at once; 0: all. Changes memory, not the result."
     advantage_power: float = 0.0
@@ -164,13 +170,15 @@ class Algorithm:
         check_types(self)
         require(self.group_size >= 2, "group_size", self.group_size, "an integer >= 2")
         require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
-        for name in ("kl_weight", "advantage_power"): require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        for name in ("kl_weight", "hold_weight", "advantage_power"): require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(self.scouts == 0 or self.scouts >= self.group_size, "scouts", self.scouts,
                 f"0, or an integer >= {self.group_size}, the group size")
         for steps in (self.steps, self.scout_steps): time_grid(steps, self.shift)  # raises on bad values
         least, most = self.trainable
         require(least <= self.trained_steps <= most, "trained_steps", self.trained_steps,
                 f"an integer in [{least}, {most}]")
+        others = self.train_where != "random" and self.trained_steps < self.steps
+        require(others or self.hold_weight == 0, "hold_weight", self.hold_weight, "0 unless only the first or last steps are trained")
         require(self.chunk >= 0 and self.trained_steps % (self.chunk or 1) == 0, "chunk", self.chunk,
                 f"0, or a divisor of {self.trained_steps}, the trained steps")
         whole = 1 if self.chunk == 1 else max(self.trained_steps, 1)
@@ -231,7 +239,7 @@ class Algorithm:
         rollout: Rollout,
         advantages: Tensor,  # (P, G)
         generator: Generators = None,  # for the choice of trained states: one, or one for each group
-        reference: Velocity | None = None,  # needed when kl_weight > 0
+        reference: Velocity | None = None,  # needed when kl_weight > 0 or hold_weight > 0
         on_policy: bool = False,  # the weights have not moved since the rollout: the ratio is then 1 to the last bit
         stats: SurrogateStats | None = None,  # collects ratios, clipping and entropy
     ) -> Iterator[Tensor]:
@@ -239,22 +247,36 @@ class Algorithm:
         groups = tuple(rollout.x.shape[1:3])
         require(advantages.shape == groups, "advantages", f"shape {tuple(advantages.shape)}",
                 f"of shape (P, G) = {groups}")
-        require(self.kl_weight == 0 or reference is not None, "reference", reference, "a velocity when kl_weight > 0")
+        require(not self.needs_reference or reference is not None, "reference", reference,
+                "a velocity when kl_weight > 0 or hold_weight > 0")
         advantages, trained = advantages.to(rollout.x.device), self.trained_states(rollout, generator)
         for states in trained.split(self.micro_batch):
-            x, t, cond = states.of(rollout.x), states.times(rollout.ts)[0], take(rollout.cond, states.prompt)
-            v = velocity(x, t, cond)
+            inputs = states.inputs(rollout)
+            v = velocity(*inputs)
             gain = self.gain(rollout, states, v, advantages, on_policy and rollout.fresh, stats)
             if self.kl_weight > 0:
-                with torch.no_grad(): v_ref = reference(x, t, cond)
+                with torch.no_grad(): v_ref = reference(*inputs)
                 gain = gain - self.kl_weight * self.divergence(rollout, states, v, v_ref).sum()
             yield -gain / len(trained)
+        held = self.held_states(rollout, trained, generator)
+        for states in held.split(self.micro_batch):
+            inputs = states.inputs(rollout)
+            with torch.no_grad(): v_ref = reference(*inputs)
+            yield self.hold_weight * (velocity(*inputs) - v_ref).square().flatten(1).mean(1).sum() / len(held)
 
     def trained_states(self, rollout: Rollout, generator: Generators) -> States:
         "All candidates of each group at the group's K steps."
         groups, size = rollout.x.shape[1:3]
         members = torch.arange(size).expand(groups, -1)
         return States.cross(self.choose_steps(rollout, generator), members, rollout.x.device)
+
+    def held_states(self, rollout: Rollout, trained: States, generator: Generators) -> States:
+        "Of each trained candidate one state before a step that is not trained; none where nothing is held."
+        if self.hold_weight == 0: return States(*torch.zeros(3, 0, dtype=torch.long))
+        groups, steps = rollout.x.shape[1], len(rollout.x) - 1
+        others = torch.tensor([k for k in range(steps) if k not in self.choose_steps(rollout, None)])
+        members = trained.member.cpu().view(groups, -1, self.trained_steps)[..., 0]
+        return States.cross(others[sample_subsets(groups, len(others), 1, generator)], members, rollout.x.device)
 
     def weigh(self, advantages: Tensor, states: States) -> Tensor:
         "(M,): the candidate's own advantage."
@@ -322,14 +344,24 @@ class Algorithm:
         return self.steps + self.scouts * self.scout_steps / self.group_size
 
     @property
-    def gradient_cost(self) -> int:
+    def needs_reference(self) -> bool:
+        "Whether a penalty compares the policy with a reference."
+        return self.kl_weight > 0 or self.hold_weight > 0
+
+    @property
+    def states_each(self) -> int:
+        "Evaluations with gradient for each trained candidate: its trained steps, and one that is held."
+        return self.trained_steps + (self.hold_weight > 0)
+
+    @property
+    def gradient_cost(self) -> float:
         "What an evaluation with gradient counts in evaluations without: three, and one of the reference if it is needed."
-        return 4 if self.kl_weight > 0 else 3
+        return 4 if self.kl_weight > 0 else 3 + (self.hold_weight > 0) / self.states_each
 
     @property
     def nfe_theta(self) -> float:
         "Evaluations with gradient, per sample."
-        return float(self.trained_steps)
+        return float(self.states_each)
 
 # %% ../nbs/09_algorithms.ipynb #f13f1044
 @dataclass(frozen=True)
@@ -431,7 +463,7 @@ class NeighborGRPO(Algorithm):
     @property
     def nfe_theta(self) -> float:
         "Evaluations with gradient, per sample, averaged over the group."
-        return self.anchors * self.trained_steps / self.group_size
+        return self.anchors * self.states_each / self.group_size
 
 # %% ../nbs/09_algorithms.ipynb #2074fe1c
 @dataclass(frozen=True)

@@ -322,7 +322,7 @@ class Trainer:
         if self.out:
             open_run(self.out, run_config(algorithm, settings, **(config or {})), resume)
             self.checkpoints = Checkpoints(self.out / "checkpoints", settings.keep)
-        if algorithm.kl_weight > 0:  # from the run folder on resume: the task's policy may have moved since
+        if algorithm.needs_reference:  # from the run folder on resume: the task's policy may have moved since
             copied = self.policy.reference() if hasattr(self.policy, "reference") else copy.deepcopy(self.policy)
             self.reference = kept(self.out, "reference", copied, lambda network: network)
         if self.out: self.restore()

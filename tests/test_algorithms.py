@@ -563,3 +563,54 @@ def test_the_rollouts_own_step_stands_where_the_rollout_went():
     states = algorithm.trained_states(rollout, streams(3, 1))
     expected = algorithm.leap(rollout, states, states.of(rollout.x[1:]))
     assert torch.equal(algorithm.old_log_prob(rollout, states), expected)
+
+
+HOLDING = {
+    f"{name} {where}": replace(SMALL[name], trained_steps=2, train_where=where, hold_weight=0.7)
+    for name in ("neighbor", "flow", "dance", "op", "tmpo")
+    for where in ("first", "last")
+}
+every_holding = pytest.mark.parametrize("algorithm", HOLDING.values(), ids=HOLDING)
+
+
+@every_holding
+@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+def test_holding_adds_the_distance_at_one_other_step_of_each_trained_candidate(algorithm, kl_weight):
+    torch.manual_seed(0)
+    algorithm = replace(algorithm, kl_weight=kl_weight)
+    network, reference = SmallNet(), SmallNet()
+    rollout, advantages = collect(algorithm, network)
+    more = {"reference": reference}
+    plain = loss_gradient(replace(algorithm, hold_weight=0.0), network, rollout, advantages, **more)
+    holding = loss_gradient(algorithm, network, rollout, advantages, **more)
+
+    generators = streams(3, 1)
+    states = algorithm.trained_states(rollout, generators)
+    held = algorithm.held_states(rollout, states, generators)
+    candidates = set(zip(states.prompt.tolist(), states.member.tolist(), strict=True))
+    assert sorted(zip(held.prompt.tolist(), held.member.tolist(), strict=True)) == sorted(candidates)
+    assert not set(held.step.tolist()) & set(states.step.tolist()) and max(held.step) < algorithm.steps
+    network.zero_grad()
+    terms = []
+    for k, g, i in zip(held.step.tolist(), held.prompt.tolist(), held.member.tolist(), strict=True):
+        x, t = rollout.x[k, g, i][None], rollout.ts[k][None]
+        terms.append((network(x, t) - reference(x, t).detach()).square().mean())
+    (0.7 * torch.stack(terms).mean()).backward()
+    assert (holding - plain - gradients(network)).abs().max() < 1e-12
+    assert all(p.grad is None for p in reference.parameters())
+
+
+@every_holding
+def test_every_other_step_is_held_at_times_and_its_cost_is_reported(algorithm):
+    rollout, advantages = collect(algorithm, PointwiseVelocity())
+    trained_steps, held = {k for k, _, _ in trained(algorithm, rollout)}, set()
+    for seed in range(30):
+        velocity, reference, generators = Counted(PointwiseVelocity()), Counted(PointwiseVelocity()), streams(3, seed)
+        parts = list(algorithm.losses(velocity, rollout, advantages, generators, reference))
+        assert len(parts) == 2 and velocity.gradient == 3 * algorithm.group_size * algorithm.nfe_theta
+        passes = 3 * velocity.gradient + reference.plain
+        assert passes == pytest.approx(3 * algorithm.group_size * algorithm.nfe_theta * algorithm.gradient_cost)
+        generators = streams(3, seed)
+        states = algorithm.trained_states(rollout, generators)
+        held |= set(algorithm.held_states(rollout, states, generators).step.tolist())
+    assert held == set(range(algorithm.steps)) - trained_steps

@@ -107,6 +107,8 @@ CALLS = [
     (lambda: NeighborGRPO(rescale="yes"), "rescale", "'yes'", "True or False"),
     (lambda: NeighborGRPO(clip_range=1.0), "clip_range", "1.0", "(0, 1)"),
     (lambda: NeighborGRPO(kl_weight=-0.1), "kl_weight", "-0.1", ">= 0"),
+    (lambda: NeighborGRPO(hold_weight=-0.1), "hold_weight", "-0.1", ">= 0"),
+    (lambda: NeighborGRPO(hold_weight=0.1), "hold_weight", "0.1", "0 unless only the first or last steps are trained"),
     (lambda: NeighborGRPO(micro_batch=-1), "micro_batch", "-1", ">= 0"),
     (lambda: FlowGRPO(trained_steps=10), "trained_steps", "10", "[1, 9]"),
     (lambda: FlowGRPO(noise_level=0.0), "noise_level", "0.0", "> 0"),
