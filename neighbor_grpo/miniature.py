@@ -121,6 +121,8 @@ def make_pipeline(
 @dataclass(frozen=True)
 class PretrainSettings:
     "How the miniature is pretrained: long enough to draw well, too short to count well."
+    source: str = ""
+    "Folder of a pretrained pipeline to go on from, which keeps its autoencoder; without it, from random weights."
     scenes: int = 30000
     "Rendered scenes that it learns from."
     vae_steps: int = 1200
@@ -129,6 +131,8 @@ class PretrainSettings:
     "More steps of its decoder alone, which leave the latents as they are."
     steps: int = 8000
     "Steps of the transformer and the text encoders, 64 scenes each."
+    lr: float = 1.5e-3
+    "Peak of their learning rate."
     guidance_steps: int = 300
     "More of them, in which the transformer is taught to do without guidance ..."
     guidance: float = 2.0
@@ -144,6 +148,7 @@ class PretrainSettings:
         check_types(self)
         for name in ("scenes", "vae_steps", "decoder_steps", "steps", "guidance_steps", "watch_every", "watch_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        require(self.lr > 0, "lr", self.lr, "> 0")
         require(self.guidance >= 1, "guidance", self.guidance, ">= 1")
         require(self.seed >= 0, "seed", self.seed, ">= 0")
 
@@ -357,7 +362,8 @@ pipeline = StableDiffusion3Pipeline.from_pretrained("FOLDER").to(torch.float32)
 pipeline("three green triangles", height=32, width=32, guidance_scale=1, max_sequence_length=10).images[0]
 ```
 
-A caption has at most eight words, of these: {words}. A guidance scale of 4.5, as for photographs, ruins it.
+A caption has at most eight words, of these: {words}. Guidance is built in: a further guidance scale of 4.5,
+as for photographs, ruins it.
 
 ## Data
 
@@ -367,13 +373,14 @@ the captions of counts and of relations was left out. No other data, and nobody'
 
 ## Recipe
 
-`neighbor-grpo pretrain --out FOLDER` with
+`neighbor-grpo pretrain --out FOLDER`, each run going on from the one before (`--source`), with
 
 {settings}
 
 The autoencoder first (squared and absolute error, a little pull of the latents to a normal distribution), then its decoder
-alone, then the transformer together with the text encoders (flow matching, AdamW, averaged weights). Stored in half
-precision. `log.jsonl` has the figures on the way.
+alone, then the transformer together with the text encoders (flow matching, AdamW, averaged weights). In the end they are
+taught their own classifier-free guidance, so that none is needed. Stored in half precision. `log.jsonl` has the figures on
+the way.
 
 ## Accuracy
 
@@ -397,17 +404,20 @@ KINDS = {"single": "one shape", "count": "two to four alike", "count_unseen": "t
 
 
 def model_card(
-    settings: PretrainSettings,
-    rows: list[dict],  # of the log: the autoencoder's, then those of the transformer
+    rows: list[dict],  # of the log
 ) -> str:  # Markdown
     "What the folder holds, how it was made, how good it is and what it is not good for."
-    values = ["| setting | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in vars(settings).items())]
+    runs, (vae, *_), last = [row["settings"] for row in rows if "settings" in row], [row for row in rows if "decibel" in row], rows[-1]
+    values = [f"| setting |{'|'.join(f' run {i} ' for i in range(1, len(runs) + 1))}|", "|---" * (len(runs) + 1) + "|"]
+    for name in runs[0]:
+        told = [Path(run[name]).name if name == "source" else run[name] for run in runs]
+        values.append(f"| {name} | {' | '.join(map(str, told))} |")
     table = ["| captions | accuracy | 95 % interval |", "|---|---|---|"]
     for name, title in KINDS.items():
-        low, high = wilson(rows[-1][name], settings.watch_images)
-        table.append(f"| {title} | {rows[-1][name]:.2f} | {low:.2f} to {high:.2f} |")
-    return CARD.format(scenes=settings.scenes, settings="\n".join(values), images=settings.watch_images,
-                       verified=rows[0]["verified"], accuracies="\n".join(table), words=", ".join(words()))
+        low, high = wilson(last[name], runs[-1]["watch_images"])
+        table.append(f"| {title} | {last[name]:.2f} | {low:.2f} to {high:.2f} |")
+    return CARD.format(scenes=sum(run["scenes"] for run in runs), settings="\n".join(values), images=runs[-1]["watch_images"],
+                       verified=vae["verified"], accuracies="\n".join(table), words=", ".join(words()))
 
 # %% ../nbs/16a_miniature.ipynb #e02a9fd8
 def pretrain(
@@ -416,31 +426,36 @@ def pretrain(
     progress: bool = True,  # show progress bars
 ) -> StableDiffusion3Pipeline:
     "Make the miniature: autoencoder, then transformer with text encoders; in half precision, with log and model card."
-    folder, start = Path(folder), time.perf_counter()
+    folder = Path(folder)
     require(not folder.exists() or not any(folder.iterdir()), "folder", str(folder), "new or empty")
+    pipeline = open_pipeline(settings.source) if settings.source else make_pipeline(settings.seed)
+    earlier = read_rows(Path(settings.source) / "log.jsonl") if settings.source else []
+    start = time.perf_counter() - (earlier[-1]["seconds"] if earlier else 0)
     folder.mkdir(parents=True, exist_ok=True)
     log = lambda **row: append_row(folder / "log.jsonl", row | dict(seconds=round(time.perf_counter() - start)))
-    pipeline = make_pipeline(settings.seed)
+    for row in earlier: append_row(folder / "log.jsonl", row)
+    log(settings=vars(settings))
     images, captions = draw_scenes(settings.scenes, seeded(settings.seed, 0))
-    train_vae(pipeline.vae, images, settings.vae_steps, settings.seed, progress=progress)
+    if not settings.source: train_vae(pipeline.vae, images, settings.vae_steps, settings.seed, progress=progress)
     latents = encode_scenes(pipeline.vae, images)
-    train_vae(pipeline.vae, images, settings.decoder_steps, settings.seed + 1, 1e-3, False, progress)  # latents are fixed
-    back = decode(pipeline, latents[:500])
-    error = (back - images[:500].float() / 255).square().mean().item()
-    log(vae_steps=settings.vae_steps, decibel=-10 * math.log10(error), verified=verify(back, captions[:500])[0].mean().item())
-
-    texts, teacher = [str(caption) for caption in captions], None
-    for stage, steps, lr in (("flow", settings.steps, 1.5e-3), ("guidance", settings.guidance_steps, 5e-4)):
+    if not settings.source:
+        train_vae(pipeline.vae, images, settings.decoder_steps, settings.seed + 1, 1e-3, False, progress)  # latents are fixed
+        back = decode(pipeline, latents[:500])
+        error = (back - images[:500].float() / 255).square().mean().item()
+        log(decibel=-10 * math.log10(error), verified=verify(back, captions[:500])[0].mean().item())
+    texts, teacher, done = [str(caption) for caption in captions], None, max([row.get("step", 0) for row in earlier], default=0)
+    for stage, steps, lr in (("flow", settings.steps, settings.lr), ("guidance", settings.guidance_steps, 5e-4)):
         draws = seeded(settings.seed, 2 + (stage == "guidance"))
         loss_of = partial(scene_loss, pipeline, latents, texts, draws, teacher, settings.guidance)
         def watch(step: int, loss: float, average: nn.ModuleDict) -> None:
-            log(stage=stage, step=step, loss=loss, **accuracies(with_networks(pipeline, average), settings.watch_images))
+            shown = with_networks(pipeline, average)
+            log(stage=stage, step=done + step, loss=loss, **accuracies(shown, settings.watch_images))
         train_transformer(pipeline, loss_of, steps, lr, watch, settings.watch_every, progress)
-        teacher = with_networks(pipeline, copy.deepcopy(networks_of(pipeline)))
+        teacher, done = with_networks(pipeline, copy.deepcopy(networks_of(pipeline))), done + steps
     for part in pipeline.components.values():
         if isinstance(part, nn.Module): nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
     with quiet(): pipeline.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(settings, read_rows(folder / "log.jsonl")), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(read_rows(folder / "log.jsonl")), encoding="utf-8")
     return open_pipeline(folder)
 
 # %% ../nbs/16a_miniature.ipynb #e11f1620

@@ -1,12 +1,14 @@
 """The miniature: tokenizers, pretraining, the packaged pipeline, and the task that trains it."""
 
 import copy
+import itertools
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -332,12 +334,29 @@ def test_pretraining_leaves_a_pipeline_a_log_and_a_card(tiny):
     assert_stored_in_half_precision(folder)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert opened.transformer.dtype == torch.float32 and not opened.transformer.training
-    autoencoder, *rows = read_rows(folder / "log.jsonl")
-    assert autoencoder.keys() == {"vae_steps", "decibel", "verified", "seconds"} and autoencoder["decibel"] > 0
-    assert [(row["stage"], row["step"]) for row in rows] == [("flow", 2), ("guidance", 1)]
+    first, autoencoder, *rows = read_rows(folder / "log.jsonl")
+    assert first["settings"] == vars(TINY)
+    assert autoencoder.keys() == {"decibel", "verified", "seconds"} and autoencoder["decibel"] > 0
+    assert [(row["stage"], row["step"]) for row in rows] == [("flow", 2), ("guidance", 3)]
     assert all(row.keys() == {"stage", "step", "loss", "seconds", *KINDS} for row in rows)
     assert all(0 <= row[kind] <= 1 for row in rows for kind in KINDS)
     assert rows[0]["seconds"] <= rows[1]["seconds"]
+
+
+def test_a_second_run_goes_on_from_the_first(tiny, tmp_path):
+    folder, _ = tiny
+    steps = replace(TINY, source=str(folder), steps=4, watch_every=4, seed=1)
+    opened, log = pretrain(tmp_path / "more", steps, progress=False), read_rows(folder / "log.jsonl")
+    now = read_rows(tmp_path / "more" / "log.jsonl")
+    assert now[: len(log)] == log and now[len(log)]["settings"] == vars(steps)
+    assert [(row["stage"], row["step"]) for row in now[len(log) + 1 :]] == [("flow", 7), ("guidance", 8)]
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(now))
+    before = open_pipeline(folder)
+    assert torch.equal(weights(opened.vae), weights(before.vae)), "it keeps its autoencoder"
+    change = (weights(opened.transformer) - weights(before.transformer)).abs()
+    assert 0 < change.max() < 5e-3, "it started where the first one ended"
+    card = (tmp_path / "more" / "README.md").read_text(encoding="utf-8")
+    assert "| setting | run 1 | run 2 |" in card and f"| source |  | {folder.name} |" in card and "128 scenes" in card
 
 
 def test_the_average_is_what_is_stored(tmp_path, monkeypatch):
@@ -369,7 +388,7 @@ def test_the_card_says_how_to_open_it_and_that_works(tiny):
 def test_the_card_is_complete(tiny):
     log = read_rows(tiny[0] / "log.jsonl")
     log[-1] |= dict(single=0.75, relation_unseen=0.0)
-    card = model_card(TINY, log)
+    card = model_card(log)
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front) == dict(license="apache-2.0", library_name="diffusers", pipeline_tag="text-to-image")
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
