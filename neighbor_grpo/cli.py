@@ -34,7 +34,8 @@ from .training import (Checkpoints, Trainer, TrainSettings, load_trained, open_r
 # %% ../nbs/19_launch.ipynb #44594cb2
 TASKS = {"digits": ("digits", "Digits"), "toy": ("toy2d", "Toy"), "scenes": ("miniature", "Scenes")}
 DEFAULTS = {"digits": dict(iterations=60, lr=2e-4, kl_weight=0.02, ema=0.9), "toy": dict(iterations=200, groups=8),
-            "scenes": dict(iterations=100, lr=1e-4, ema=0.9), ("scenes", "neighbor"): dict(train_where="first", trained_steps=3)}
+            "scenes": dict(iterations=100, lr=3e-4, lr_decay=100, ema=0.9, eval_every=25),
+            ("scenes", "neighbor"): dict(sigma=0.15, train_where="first", trained_steps=4, hold_weight=0.03)}
 
 def task_classes(
     task: str,  # a key of TASKS

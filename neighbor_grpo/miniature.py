@@ -410,8 +410,7 @@ def model_card(
     runs, (vae, *_), last = [row["settings"] for row in rows if "settings" in row], [row for row in rows if "decibel" in row], rows[-1]
     values = [f"| setting |{'|'.join(f' run {i} ' for i in range(1, len(runs) + 1))}|", "|---" * (len(runs) + 1) + "|"]
     for name in runs[0]:
-        told = [Path(run[name]).name if name == "source" else run[name] for run in runs]
-        values.append(f"| {name} | {' | '.join(map(str, told))} |")
+        values.append(f"| {name} | {' | '.join(str(run[name]) for run in runs)} |")
     table = ["| captions | accuracy | 95 % interval |", "|---|---|---|"]
     for name, title in KINDS.items():
         low, high = wilson(last[name], runs[-1]["watch_images"])
@@ -434,7 +433,7 @@ def pretrain(
     folder.mkdir(parents=True, exist_ok=True)
     log = lambda **row: append_row(folder / "log.jsonl", row | dict(seconds=round(time.perf_counter() - start)))
     for row in earlier: append_row(folder / "log.jsonl", row)
-    log(settings=vars(settings))
+    log(settings=vars(settings) | dict(source=Path(settings.source).name))
     images, captions = draw_scenes(settings.scenes, seeded(settings.seed, 0))
     if not settings.source: train_vae(pipeline.vae, images, settings.vae_steps, settings.seed, progress=progress)
     latents = encode_scenes(pipeline.vae, images)

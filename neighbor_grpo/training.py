@@ -65,7 +65,9 @@ class TrainSettings:
     updates: int = 1
     "Optimiser steps on each rollout. From the second on, the ratio leaves 1 and the clip acts."
     lr: float = 1e-3
-    "Learning rate of AdamW, constant, > 0."
+    "Learning rate of AdamW, > 0."
+    lr_decay: int = 0
+    "Iterations over which the rate falls to zero in a straight line; 0: it is constant."
     weight_decay: float = 0.0
     "Of AdamW, >= 0."
     max_grad_norm: float = 1.0
@@ -90,8 +92,10 @@ class TrainSettings:
         for name in ("iterations", "groups", "updates", "eval_every", "checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("lr", "max_grad_norm"): require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("weight_decay", "seed"): require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        for name in ("lr_decay", "weight_decay", "seed"): require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
+        enough = self.lr_decay == 0 or self.iterations <= self.lr_decay
+        require(enough, "iterations", self.iterations, f"at most {self.lr_decay}, the lr_decay, where the rate is zero")
         require(self.collector == "policy" or self.ema > 0, "collector", self.collector, "'policy' when ema is 0")
 
 # %% ../nbs/10_training.ipynb #74641cfc
@@ -369,7 +373,9 @@ class Trainer:
 
     def update(self, rollout: Rollout, advantages: Tensor, generators: list, stats: SurrogateStats) -> float:
         "All optimiser steps on one rollout; returns the largest norm of a gradient."
-        norms, fresh = [], self.settings.collector == "policy"
+        norms, fresh, s = [], self.settings.collector == "policy", self.settings
+        left = max(0.0, 1 - self.iteration / s.lr_decay) if s.lr_decay else 1.0
+        for group in self.optimizer.param_groups: group["lr"] = s.lr * left
         for number in range(self.settings.updates):
             self.optimizer.zero_grad()
             for loss in self.algorithm.losses(self.policy, rollout, advantages, generators, self.reference,

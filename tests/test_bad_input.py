@@ -118,6 +118,8 @@ CALLS = [
     (lambda: losses(advantages=torch.zeros(4, 3)), "advantages", "(4, 3)", "(3, 4)"),
     (lambda: losses(replace(small, kl_weight=0.1)), "reference", "None", "kl_weight > 0"),
     (lambda: TrainSettings(iterations=0), "iterations", "0", ">= 1"),
+    (lambda: TrainSettings(lr_decay=-1), "lr_decay", "-1", ">= 0"),
+    (lambda: TrainSettings(iterations=11, lr_decay=10), "iterations", "11", "at most 10, the lr_decay"),
     (lambda: TrainSettings(groups=2.5), "groups", "2.5", "an integer"),
     (lambda: TrainSettings(updates=0), "updates", "0", ">= 1"),
     (lambda: TrainSettings(lr=0.0), "lr", "0.0", "> 0"),

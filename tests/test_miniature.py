@@ -348,7 +348,7 @@ def test_a_second_run_goes_on_from_the_first(tiny, tmp_path):
     steps = replace(TINY, source=str(folder), steps=4, watch_every=4, seed=1)
     opened, log = pretrain(tmp_path / "more", steps, progress=False), read_rows(folder / "log.jsonl")
     now = read_rows(tmp_path / "more" / "log.jsonl")
-    assert now[: len(log)] == log and now[len(log)]["settings"] == vars(steps)
+    assert now[: len(log)] == log and now[len(log)]["settings"] == vars(steps) | {"source": folder.name}
     assert [(row["stage"], row["step"]) for row in now[len(log) + 1 :]] == [("flow", 7), ("guidance", 8)]
     assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(now))
     before = open_pipeline(folder)

@@ -177,6 +177,15 @@ def test_without_an_average_the_policy_is_evaluated():
     assert trainer.velocity is trainer.policy
 
 
+@pytest.mark.parametrize("lr_decay", [0, 6, 8])
+def test_the_rate_falls_in_a_straight_line(lr_decay, tmp_path):
+    rates, look = [], lambda trainer: rates.append(trainer.optimizer.param_groups[0]["lr"])
+    run(tmp_path / "run", lr_decay=lr_decay, iterations=3, callback=look)
+    run(tmp_path / "run", lr_decay=lr_decay, iterations=6, callback=look, resume=True)
+    left = [1 - i / lr_decay if lr_decay else 1 for i in range(6)]
+    assert rates == pytest.approx([SETTINGS.lr * share for share in left])
+
+
 def test_first_step_has_the_size_of_the_learning_rate():
     task = TinyTask(dropout=0.0)
     before = weights(task.policy)
