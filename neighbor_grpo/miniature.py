@@ -453,6 +453,7 @@ def pretrain(
         teacher, done = with_networks(pipeline, copy.deepcopy(networks_of(pipeline))), done + steps
     for part in pipeline.components.values():
         if isinstance(part, nn.Module): nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
+    for part in (pipeline, pipeline.vae, pipeline.transformer): part.register_to_config(_name_or_path="")  # whence it came
     with quiet(): pipeline.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(read_rows(folder / "log.jsonl")), encoding="utf-8")
     return open_pipeline(folder)

@@ -355,6 +355,8 @@ def test_a_second_run_goes_on_from_the_first(tiny, tmp_path):
     assert torch.equal(weights(opened.vae), weights(before.vae)), "it keeps its autoencoder"
     change = (weights(opened.transformer) - weights(before.transformer)).abs()
     assert 0 < change.max() < 5e-3, "it started where the first one ended"
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "more").rglob("*.json*")]
+    assert not any(str(folder.parent) in text for text in texts), "no path of this machine is told"
     card = (tmp_path / "more" / "README.md").read_text(encoding="utf-8")
     assert "| setting | run 1 | run 2 |" in card and f"| source |  | {folder.name} |" in card and "128 scenes" in card
 
