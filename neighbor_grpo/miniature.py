@@ -442,14 +442,16 @@ def pretrain(
         back = decode(pipeline, latents[:500])
         error = (back - images[:500].float() / 255).square().mean().item()
         log(decibel=-10 * math.log10(error), verified=verify(back, captions[:500])[0].mean().item())
+
+    def watch(stage: str, done: int, step: int, loss: float, average: nn.ModuleDict) -> None:
+        shown = with_networks(pipeline, average)
+        log(stage=stage, step=done + step, loss=loss, **accuracies(shown, settings.watch_images))
+
     texts, teacher, done = [str(caption) for caption in captions], None, max([row.get("step", 0) for row in earlier], default=0)
     for stage, steps, lr in (("flow", settings.steps, settings.lr), ("guidance", settings.guidance_steps, 5e-4)):
         draws = seeded(settings.seed, 2 + (stage == "guidance"))
         loss_of = partial(scene_loss, pipeline, latents, texts, draws, teacher, settings.guidance)
-        def watch(step: int, loss: float, average: nn.ModuleDict) -> None:
-            shown = with_networks(pipeline, average)
-            log(stage=stage, step=done + step, loss=loss, **accuracies(shown, settings.watch_images))
-        train_transformer(pipeline, loss_of, steps, lr, watch, settings.watch_every, progress)
+        train_transformer(pipeline, loss_of, steps, lr, partial(watch, stage, done), settings.watch_every, progress)
         teacher, done = with_networks(pipeline, copy.deepcopy(networks_of(pipeline))), done + steps
     for part in pipeline.components.values():
         if isinstance(part, nn.Module): nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
