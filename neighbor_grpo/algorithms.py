@@ -262,7 +262,8 @@ class Algorithm:
         for states in held.split(self.micro_batch):
             inputs = states.inputs(rollout)
             with torch.no_grad(): v_ref = reference(*inputs)
-            yield self.hold_weight * (velocity(*inputs) - v_ref).square().flatten(1).mean(1).sum() / len(held)
+            apart = Algorithm.divergence(self, rollout, states, velocity(*inputs), v_ref)  # other steps need not have noise
+            yield self.hold_weight * apart.sum() / len(held)
 
     def trained_states(self, rollout: Rollout, generator: Generators) -> States:
         "All candidates of each group at the group's K steps."
@@ -273,8 +274,8 @@ class Algorithm:
     def held_states(self, rollout: Rollout, trained: States, generator: Generators) -> States:
         "Of each trained candidate one state before a step that is not trained; none where nothing is held."
         if self.hold_weight == 0: return States(*torch.zeros(3, 0, dtype=torch.long))
-        groups, steps = rollout.x.shape[1], len(rollout.x) - 1
-        others = torch.tensor([k for k in range(steps) if k not in self.choose_steps(rollout, None)])
+        groups, chosen = rollout.x.shape[1], set(trained.step.tolist())
+        others = torch.tensor([k for k in range(len(rollout.x) - 1) if k not in chosen])
         members = trained.member.cpu().view(groups, -1, self.trained_steps)[..., 0]
         return States.cross(others[sample_subsets(groups, len(others), 1, generator)], members, rollout.x.device)
 
