@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'TrainSettings', 'choose_prompts', 'world', 'gather',
-           'merged', 'average_gradients', 'write_atomically', 'append_row', 'read_rows', 'Checkpoints',
-           'flat_optimizer', 'load_optimizer', 'trained_state', 'load_trained', 'kept', 'run_config', 'read_config',
-           'check_config', 'open_run', 'Trainer', 'plot_run', 'draw_panels']
+           'merged', 'average_gradients', 'whole', 'split_as', 'write_atomically', 'append_row', 'read_rows',
+           'Checkpoints', 'flat_optimizer', 'load_optimizer', 'trained_state', 'load_trained', 'kept', 'run_config',
+           'read_config', 'check_config', 'open_run', 'Trainer', 'plot_run', 'draw_panels']
 
 # %% ../nbs/10_training.ipynb #77cc7e19
 import copy
@@ -17,7 +17,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -136,9 +136,23 @@ def merged(stats: SurrogateStats) -> SurrogateStats:
 def average_gradients(module: nn.Module) -> None:
     "Replace every gradient by its mean over the processes."
     for p in module.parameters() if world()[1] > 1 else ():
-        if p.grad is None: continue
+        if p.grad is None or hasattr(p.grad, "full_tensor"): continue
         dist.all_reduce(p.grad)
         p.grad /= world()[1]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    "A tensor that is split, put together on the CPU of the first process (all must ask); any other as it is."
+    if not hasattr(tensor, "full_tensor"): return tensor
+    full = tensor.full_tensor()
+    return full.cpu() if world()[0] == 0 else full.new_empty(0)
+
+
+def split_as(tensor: Tensor, like: Tensor) -> Tensor:
+    "The inverse of `whole`: split as another tensor is, if it is."
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape: return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 # %% ../nbs/10_training.ipynb #cf2df357
 def write_atomically(path: Path, text: str) -> None:
@@ -210,9 +224,10 @@ def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     "The inverse of `flat_optimizer`; learning rate and the like stay as the optimiser has them."
     state: dict[int, dict[str, Tensor]] = {}
+    weights = sum((group["params"] for group in optimizer.param_groups), [])
     for key, value in tensors.items():
         i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
+        state.setdefault(int(i), {})[name] = split_as(value, weights[int(i)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 # %% ../nbs/10_training.ipynb #9f78b85f
@@ -228,7 +243,7 @@ def load_trained(network: nn.Module, state: dict[str, Tensor]) -> None:
     "The inverse of `trained_state`; the weights that are not trained stay as they are."
     mine = trained_state(network)
     require(state.keys() == mine.keys(), "state", sorted(state.keys() ^ mine.keys())[:3], f"with the {len(mine)} trained weights alone")
-    network.load_state_dict(network.state_dict() | state)
+    network.load_state_dict(network.state_dict() | {name: split_as(value, mine[name]) for name, value in state.items()})
 
 # %% ../nbs/10_training.ipynb #ac2aab40
 def kept(
@@ -304,18 +319,19 @@ class Trainer:
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings(),
                  out: str | Path | None = None,  # run folder; None keeps everything in memory
                  resume: bool = False,  # continue the run in `out`
-                 config: dict | None = None):  # more to remember in config.json
+                 config: dict | None = None,  # more to remember in config.json
+                 split: Callable[[nn.Module], object] | None = None):  # splits a network over the processes, in place
+        self.split = split
         self.task, self.algorithm, self.settings, self.policy = task, algorithm, settings, task.policy
+        if algorithm.shift == 0: self.algorithm = replace(algorithm, shift=getattr(task, "shift", 1.0))
         self.rank, size = world()
         require(settings.groups % size == 0, "groups", settings.groups, f"a multiple of the {size} processes")
         self.groups = range(settings.groups)[self.rank * settings.groups // size:][:settings.groups // size]
-        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
-        require(bool(self.trained), "task.policy", type(self.policy).__name__, "a module whose weights require a gradient")
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        require(bool(trained), "task.policy", type(self.policy).__name__, "a module whose weights require a gradient")
         fresh = settings.updates == 1 and settings.collector == "policy"
         require(fresh or not getattr(self.policy, "split_guidance", False), "train_guidance_scale", "its own",
                 "that of the rollout unless updates is 1 and collector is 'policy': stored velocities are compared")
-        fused = self.trained[0].device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(self.trained, settings.lr, weight_decay=settings.weight_decay, fused=fused)
         self.average = self.reference = None
         if settings.ema > 0:
             self.average = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
@@ -329,6 +345,12 @@ class Trainer:
         if algorithm.needs_reference:  # from the run folder on resume: the task's policy may have moved since
             copied = self.policy.reference() if hasattr(self.policy, "reference") else copy.deepcopy(self.policy)
             self.reference = kept(self.out, "reference", copied, lambda network: network)
+        copies = [self.average.module if self.average else None, self.reference]  # made from the whole policy
+        for network in [self.policy, *copies] if split else ():
+            if network and [*network.parameters()]: split(network)
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
+        fused = self.trained[0].device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.trained, settings.lr, weight_decay=settings.weight_decay, fused=fused)
         if self.out: self.restore()
 
     @property
@@ -383,7 +405,8 @@ class Trainer:
                 require(bool(loss.isfinite()), "loss", loss.item(), "finite")
                 loss.backward()
             average_gradients(self.policy)
-            norm = nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm).item()
+            norm = nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm)
+            norm = getattr(norm, "full_tensor", lambda norm=norm: norm)().item()
             require(math.isfinite(norm), "gradient norm", norm, "finite")
             self.moved = True
             self.optimizer.step()
@@ -421,11 +444,12 @@ class Trainer:
 
     def save(self) -> None:
         "Write a checkpoint of the last complete iteration."
-        if self.out is None or self.rank > 0: return
+        if self.out is None or self.rank > 0 and not self.split: return
         tensors = dict(policy=trained_state(self.policy), optimizer=flat_optimizer(self.optimizer))
         if self.average: tensors["ema"] = trained_state(self.average.module)
         if self.memory: tensors["memory"] = self.memory
-        self.checkpoints.save(self.iteration, tensors, dict(iteration=self.iteration))
+        tensors = {file: {name: whole(value) for name, value in group.items()} for file, group in tensors.items()}
+        if self.rank == 0: self.checkpoints.save(self.iteration, tensors, dict(iteration=self.iteration))
 
     def restore(self) -> None:
         "Go back to the newest checkpoint, or to the start; rows that came after it are dropped, and made again."
@@ -446,22 +470,22 @@ class Trainer:
             if self.rank == 0: write_atomically(self.out / file, "".join(json.dumps(row) + "\n" for row in rows))
 
     def run(self, progress: bool = True,  # show a progress bar
-            callback: "Callable[[Trainer], None] | None" = None) -> "Trainer":  # called after each iteration
+            callback: "Callable[[Trainer], None] | None" = None) -> "Trainer":  # after each iteration
         "Train to the last iteration."
-        s = self.settings
+        s, start = self.settings, self.iteration
         bar = tqdm(total=s.iterations, initial=self.iteration, desc="training", disable=not progress or self.rank > 0)
         due = lambda every: self.iteration % every == 0 or self.iteration >= s.iterations
         try:
             while True:
                 if due(s.eval_every) and self.iteration not in [e["iteration"] for e in self.evals]: self.evaluate()
                 if due(s.checkpoint_every): self.save()
+                if callback and self.iteration > start: callback(self)
                 if self.iteration >= s.iterations: return self
                 row = self.step()
                 bar.set_postfix(reward=f"{row['reward_mean']:.3f}", held_out=f"{self.evals[-1]['reward']:.3f}", refresh=False)
                 bar.update()
-                if callback: callback(self)
         except BaseException:
-            if not self.moved: self.save()
+            if not self.moved and not self.split: self.save()  # the other processes may not come to put weights together
             raise
         finally: bar.close()
 
