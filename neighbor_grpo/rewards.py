@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPEN_CLIP_NAMES', 'REWARDS', 'to_pictures', 'check_scores', 'Reward', 'Compressibility', 'middle', 'pixels_of',
-           'transformers_view', 'openai_view', 'padded_view', 'opened', 'open_clip', 'open_tokenizer', 'CLIPJudge',
-           'CLIPScore', 'PickScore', 'from_open_clip', 'open_clip_config', 'HPSv21', 'Aesthetic', 'pack', 'unpack',
-           'RewardServer', 'RemoteReward', 'parse_rewards', 'make_rewards', 'Rewards']
+           'transformers_view', 'openai_view', 'padded_view', 'opened', 'load_clip', 'open_tokenizer', 'CLIPJudge',
+           'CLIPScore', 'PickScore', 'from_open_clip', 'open_clip_config', 'read_checkpoint', 'HPSv21', 'Aesthetic',
+           'pack', 'unpack', 'RewardServer', 'RemoteReward', 'parse_rewards', 'make_rewards', 'Rewards']
 
 # %% ../nbs/15_rewards.ipynb #b5bb2eed
 import hashlib
@@ -92,11 +92,9 @@ class Compressibility(Reward):
         return [-len(file.getvalue()) / 1000 for file in files]
 
 # %% ../nbs/15_rewards.ipynb #65ee1bfe
-def middle(
-    picture: Image.Image,  # any size, any mode
-    size: int,  # pixels along a side
-    half: Callable[[float], int],  # rounds the place of the cut: `math.floor` or `round`
-) -> Image.Image:  # size x size, same mode
+def middle(picture: Image.Image,  # any size, any mode
+           size: int,  # pixels along a side
+           half: Callable[[float], int]) -> Image.Image:  # rounds the place of the cut: `math.floor` or `round`
     "Resize the shorter side, bicubic, and cut out the middle."
     short = min(picture.size)
     sides = [int(size * side / short) for side in picture.size]
@@ -109,26 +107,20 @@ def pixels_of(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def transformers_view(
-    picture: Image.Image,  # any size, any mode
-    size: int,  # pixels along a side
-) -> Tensor:  # (3, size, size) in [0, 1]
+def transformers_view(picture: Image.Image,  # any size, any mode
+                      size: int) -> Tensor:  # pixels along a side -> (3, size, size) in [0, 1]
     "What CLIP's processor in transformers shows to the network."
     return pixels_of(middle(picture.convert("RGB"), size, math.floor))
 
 
-def openai_view(
-    picture: Image.Image,  # any size, any mode
-    size: int,  # pixels along a side
-) -> Tensor:  # (3, size, size) in [0, 1]
+def openai_view(picture: Image.Image,  # any size, any mode
+                size: int) -> Tensor:  # pixels along a side -> (3, size, size) in [0, 1]
     "What the transform of OpenAI's `clip` shows to the network."
     return pixels_of(middle(picture, size, round))
 
 # %% ../nbs/15_rewards.ipynb #2d945b3a
-def padded_view(
-    picture: Image.Image,  # any size, any mode
-    size: int,  # pixels along a side
-) -> Tensor:  # (3, size, size), a little beyond [0, 1] at sharp edges
+def padded_view(picture: Image.Image,  # any size, any mode
+                size: int) -> Tensor:  # pixels along a side -> (3, size, size), a little beyond [0, 1] at sharp edges
     "What HPS shows to its network."
     pixels = pixels_of(picture)
     scale = size / max(picture.size)
@@ -170,32 +162,31 @@ def opened(
         try:
             with without_bars() if offline else nullcontext(): return load(offline)
         except Exception as e: error = e
-    raise ValueError(f"source must hold {what}, found none in {source!r}{cache}; get it with: {get} ({one_line(error)})") from error
+    raise ValueError(f"source must hold {what}, no usable one in {source!r}{cache}; get it with: {get} ({one_line(error)})") from error
 
 
-def open_clip(
-    source: str,  # a folder, or a name on the hub
+def load_clip(
+    source: str | None,  # a folder, or a name on the hub
     dtype: torch.dtype,
-    repository: str,  # where the authors published it
-    **more,  # a configuration and weights, instead of a source
-) -> transformers.CLIPModel:  # in eval mode, without gradients
+    offline: bool,
+    **more,  # where source is None: a configuration and the weights
+) -> "transformers.CLIPModel":  # in eval mode, without gradients
     "A CLIP model of which every weight was found."
-    def load(offline: bool) -> tuple:
-        return transformers.CLIPModel.from_pretrained(None if more else source, dtype=dtype, local_files_only=offline,
-                                                      output_loading_info=True, **more)
-    model, report = opened(load, source, "a CLIP model", f"hf download {repository}")
-    lost = sorted(report["missing_keys"]) + (sorted(report["unexpected_keys"]) if more else [])
-    require(not lost, "source", f"{source!r}, without or beside {lost[:3]}", "a complete CLIP model")
+    model, report = transformers.CLIPModel.from_pretrained(source, dtype=dtype, local_files_only=offline,
+                                                           output_loading_info=True, **more)
+    lost, left = sorted(report["missing_keys"]), sorted(report["unexpected_keys"]) if more else []
+    require(not lost and not left, "weights", f"without {lost[:3]}, with {left[:3]}", "those of a CLIP model")
     return model.eval().requires_grad_(False)
 
 
 def open_tokenizer(
     source: str,  # a folder or a file in it, or a name on the hub
     hub: str,  # a name on the hub, in case the folder has none
-) -> transformers.CLIPTokenizer:
+) -> "transformers.CLIPTokenizer":
     "The tokenizer that lies beside a model, or else its authors'."
     folder = Path(source).parent if Path(source).is_file() else Path(source)
-    if folder.is_dir(): source = str(folder) if any((folder / f).exists() for f in ("tokenizer.json", "vocab.json")) else hub
+    beside = any((folder / file).exists() for file in ("tokenizer.json", "vocab.json"))
+    if folder.is_dir(): source = str(folder) if beside else hub
     return opened(lambda offline: transformers.CLIPTokenizer.from_pretrained(source, local_files_only=offline),
                   source, "a CLIP tokenizer", f"hf download {hub}")
 
@@ -204,6 +195,7 @@ class CLIPJudge(Reward):
     "The cosine of CLIP's embeddings of picture and prompt, times a factor."
     HUB, TOKENIZER = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14"  # where the authors published them
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
+    FILE = ""  # in HUB, where it is one file
     view, factor = staticmethod(transformers_view), 1.0  # c
 
     def __init__(self, source: str | Path | None = None,  # a folder, or a name on the hub; None: that of the authors
@@ -213,12 +205,13 @@ class CLIPJudge(Reward):
         require(isinstance(batch, int) and batch >= 1, "batch", batch, "an integer >= 1")
         source = str(source or self.HUB)
         self.device, self.dtype, self.batch = torch.device(device), dtype, batch
-        self.model = self.open_model(source).to(device)
+        self.model = opened(lambda offline: self.load(source, offline), source, self.FILE or "a CLIP model",
+                            f"hf download {self.HUB} {self.FILE}".strip()).to(device)
         self.tokenizer = open_tokenizer(source, self.TOKENIZER)
         self.size = self.model.config.vision_config.image_size
 
-    def open_model(self, source: str) -> transformers.CLIPModel:
-        return open_clip(source, self.dtype, self.HUB)
+    def load(self, source: str, offline: bool) -> "transformers.CLIPModel":
+        return load_clip(source, self.dtype, offline)
 
     def clean(self, prompt: str) -> str:
         "A prompt as the tokenizer gets it."
@@ -290,7 +283,7 @@ def from_open_clip(
 def open_clip_config(
     state: dict[str, Tensor],  # a ViT in open_clip's names
     head_width: int = 80,  # of the vision transformer; 64 for text
-) -> transformers.CLIPConfig:
+) -> "transformers.CLIPConfig":
     "The configuration that fits the shapes of the weights."
     def tower(prefix: str, width: int, head: int) -> dict:
         layers = sum(name.startswith(prefix) and name.endswith("attn.in_proj_weight") for name in state)
@@ -306,6 +299,17 @@ def open_clip_config(
     return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=state["text_projection"].shape[1])
 
 # %% ../nbs/15_rewards.ipynb #5f44db3c
+def read_checkpoint(
+    source: str,  # the file, its folder, or a name on the hub
+    file: str,  # its name
+    offline: bool,
+) -> dict:
+    "The tensors of a checkpoint; nothing but tensors is read from it."
+    path = Path(source, file) if Path(source).is_dir() else Path(source)
+    if not Path(source).exists(): path = transformers.utils.cached_file(source, file, local_files_only=offline)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
 class HPSv21(CLIPJudge):
     "How people would rank a picture: HPSv2.1 (arXiv 2306.09341), a cosine of a CLIP ViT-H/14 trained on rankings."
     HUB, TOKENIZER, FILE = "xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "HPS_v2.1_compressed.pt"
@@ -319,25 +323,14 @@ class HPSv21(CLIPJudge):
         super().__init__(source, device, dtype, batch)
         self.tokenizer.backend_tokenizer.normalizer = None  # `clean` does all of it
 
-    def open_model(self, source: str) -> transformers.CLIPModel:
+    def load(self, source: str, offline: bool) -> "transformers.CLIPModel":
+        state = read_checkpoint(source, self.FILE, offline)["state_dict"]
         with without_bars():
-            state = read_checkpoint(source, self.FILE, f"hf download {self.HUB} {self.FILE}").get("state_dict", {})
-            require("visual.conv1.weight" in state, "source", source, "a checkpoint with an open_clip ViT in its state_dict")
-            config = open_clip_config(state)
-            return open_clip(source, self.dtype, self.HUB, config=config, state_dict=from_open_clip(state))
+            return load_clip(None, self.dtype, offline, config=open_clip_config(state), state_dict=from_open_clip(state))
 
     def clean(self, prompt: str) -> str:
         text = html.unescape(html.unescape(self.fix(prompt)))
         return re.sub(r"\s+", " ", text).strip().lower()
-
-# %% ../nbs/15_rewards.ipynb #6970f7c7
-def read_checkpoint(source: str, file: str, get: str) -> dict:
-    "The tensors of a checkpoint: `source` itself, or `file` in it. Nothing but tensors is read from it."
-    def load(offline: bool) -> dict:
-        path = Path(source, file) if Path(source).is_dir() else Path(source)
-        if not path.exists(): path = transformers.utils.cached_file(source, file, local_files_only=offline)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    return opened(load, source, file, get)
 
 # %% ../nbs/15_rewards.ipynb #a04b8b6a
 class Aesthetic(CLIPJudge):
@@ -350,12 +343,14 @@ class Aesthetic(CLIPJudge):
                  head: str | Path | None = None):  # its file or folder; None: the folder of CLIP, else the current one
         if source is not None and Path(source).is_file(): source, head = None, source
         if head is None: head = source if source is not None and Path(source).is_dir() else "."
-        state = read_checkpoint(str(head), self.HEAD, f"curl -LO {self.PAGE}/raw/main/{self.HEAD}")
+        state = opened(lambda offline: read_checkpoint(str(head), self.HEAD, offline), str(head), self.HEAD,
+                       f"curl -LO {self.PAGE}/raw/main/{self.HEAD}")
         super().__init__(source, device, dtype, batch)
-        names = sorted(name.removesuffix(".weight") for name in state if name.endswith(".weight"))
-        self.layers = [(state[f"{name}.weight"].float().to(device), state[f"{name}.bias"].float().to(device)) for name in names]
-        width = self.model.config.projection_dim
-        require(self.layers[0][0].shape[1] == width, "head", f"one for {self.layers[0][0].shape[1]} numbers", f"one for CLIP's {width}")
+        names = sorted(name for name in state if name.endswith(".weight"))
+        pairs = [(state[name], state[name.replace(".weight", ".bias")]) for name in names]
+        self.layers = [(weight.float().to(device), bias.float().to(device)) for weight, bias in pairs]
+        given, width = self.layers[0][0].shape[1], self.model.config.projection_dim
+        require(given == width, "head", f"one for {given}", f"one for CLIP's {width} numbers")
 
     @torch.no_grad()
     def score(self, pictures: list[Image.Image], prompts: list[str]) -> Tensor:

@@ -22,6 +22,15 @@ from neighbor_grpo.miniature import PretrainSettings, ScenesSettings, ScenesTask
 from neighbor_grpo.mixed import MixGRPO, MixGRPOFlash, TempFlowGRPO
 from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.options import chunk_means, equal_pull, extremes, shape_advantages
+from neighbor_grpo.rewards import (
+    CLIPScore,
+    Compressibility,
+    RemoteReward,
+    Rewards,
+    check_scores,
+    parse_rewards,
+    to_pictures,
+)
 from neighbor_grpo.reweighting import quasi_norm
 from neighbor_grpo.rivals import OPGRPO, TMPO
 from neighbor_grpo.scenes import Caption, Thing, all_captions, draw_layout, find, split_captions, verify
@@ -230,6 +239,34 @@ CALLS = [
     (lambda: ScenesSettings(eval_steps=0), "eval_steps", "0", ">= 1"),
     (lambda: ScenesSettings(lora_rank=-1), "lora_rank", "-1", ">= 0"),
     (lambda: ScenesTask(ScenesSettings(source="nowhere")), "source", "'nowhere'", "a folder with"),
+    (lambda: to_pictures(torch.zeros(3, 8, 8)), "images", "(3, 8, 8)", "(N, 3, H, W)"),
+    (lambda: to_pictures(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), "images", "torch.uint8", "floats"),
+    (lambda: to_pictures(torch.full((1, 3, 2, 2), 1.5)), "images", "1.5", "in [0, 1]"),
+    (lambda: to_pictures(torch.full((1, 3, 2, 2), math.nan)), "images", "nan", "in [0, 1]"),
+    (lambda: to_pictures(torch.zeros(0, 3, 2, 2)), "images", "(0, 3, 2, 2)", "N >= 1"),
+    (lambda: to_pictures([]), "images", "[]", "at least one"),
+    (lambda: to_pictures(["a.png"]), "images", "a.png", "PIL image"),
+    (lambda: Compressibility(0), "quality", "0", "from 1 to 100"),
+    (lambda: Compressibility(95.0), "quality", "95.0", "an integer"),
+    (lambda: Compressibility()(torch.zeros(2, 3, 4, 4), ["a"]), "prompts", "1 texts", "each of 2 images"),
+    (lambda: Compressibility()(torch.zeros(1, 3, 4, 4), "a"), "prompts", "'a'", "a list of texts"),
+    (lambda: Compressibility()(torch.zeros(1, 3, 4, 4), [None]), "prompts", "None", "a list of texts"),
+    (lambda: check_scores([1.0, math.nan], 2), "rewards", "nan", "finite"),
+    (lambda: check_scores([1.0, 2.0], 1), "rewards", "(2,)", "one a picture"),
+    (lambda: CLIPScore("nowhere"), "source", "'nowhere'", "a CLIP model"),
+    (lambda: CLIPScore(batch=0), "batch", "0", "an integer >= 1"),
+    (lambda: parse_rewards("clip, hsp"), "rewards", "'hsp'", "among compressibility, clip, pickscore, hps"),
+    (lambda: parse_rewards("hps,,clip"), "rewards", "''", "[WEIGHT*]NAME[@SOURCE]"),
+    (lambda: parse_rewards("0*hps"), "rewards", "'0*hps'", "not 0"),
+    (lambda: parse_rewards("nan*hps"), "rewards", "'nan*hps'", "finite"),
+    (lambda: parse_rewards("much*hps"), "rewards", "'much*hps'", "finite numbers"),
+    (lambda: parse_rewards("remote"), "rewards", "'remote'", "remote@URL"),
+    (lambda: parse_rewards("compressibility@90"), "rewards", "'compressibility@90'", "without a source"),
+    (lambda: Rewards([]), "rewards", "[]", "at least one"),
+    (lambda: Rewards([Compressibility()], [1.0, 2.0]), "weights", "2 weights", "each of 1 rewards"),
+    (lambda: RemoteReward("judge:8000"), "url", "'judge:8000'", "http://machine:8000"),
+    (lambda: RemoteReward("http://judge", timeout=0), "timeout", "0", "> 0"),
+    (lambda: RemoteReward("http://judge", patience=math.nan), "patience", "nan", "> 0"),
 ]
 
 

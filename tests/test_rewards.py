@@ -167,7 +167,7 @@ def write_clip(folder, act):
     tokenizer().save_pretrained(folder)
 
 
-def open_clip_state(width=160, text_width=128, embed=20, patch=56, side=4, layers=2):
+def open_clip_state(width=160, text_width=128, embed=20, patch=56, side=4, layers=(2, 2), mlp=3, words=None):
     "Random weights of a ViT under open_clip's names, with the head widths of ViT-H/14."
     state = {}
 
@@ -179,15 +179,15 @@ def open_clip_state(width=160, text_width=128, embed=20, patch=56, side=4, layer
     put("visual.conv1.weight", width, 3, patch, patch)
     put("visual.proj", width, embed)
     put("positional_embedding", 77, text_width)
-    put("token_embedding.weight", len(IDS), text_width)
+    put("token_embedding.weight", words or len(IDS), text_width)
     put("text_projection", text_width, embed)
     state["token_embedding.weight"] *= 5
     state["logit_scale"] = torch.tensor(4.6)
-    for prefix, w in (("visual.", width), ("", text_width)):
-        for block in (f"{prefix}transformer.resblocks.{k}." for k in range(layers)):
+    for prefix, w, depth in (("visual.", width, layers[0]), ("", text_width, layers[1])):
+        for block in (f"{prefix}transformer.resblocks.{k}." for k in range(depth)):
             put(block + "attn.in_proj_weight", 3 * w, w)
             put(block + "attn.in_proj_bias", 3 * w)
-            for name, rows, columns in (("attn.out_proj", w, w), ("mlp.c_fc", 3 * w, w), ("mlp.c_proj", w, 3 * w)):
+            for name, rows, columns in (("attn.out_proj", w, w), ("mlp.c_fc", mlp * w, w), ("mlp.c_proj", w, mlp * w)):
                 put(f"{block}{name}.weight", rows, columns)
                 put(f"{block}{name}.bias", rows)
             for name in ("ln_1", "ln_2"):
@@ -628,6 +628,22 @@ def test_opening_is_silent(folders, capfd):
     assert printed.out == printed.err == ""
 
 
+def test_the_published_size_fits():
+    "Weights of ViT-H/14, without numbers: the configuration of open_clip's ViT-H-14.json, and a place for each."
+    with torch.device("meta"):
+        state = open_clip_state(1280, 1024, 1024, 14, 16, (32, 24), 4, 49408)
+        config = library.open_clip_config(state)
+        model = transformers.CLIPModel(config)
+    vision, text = config.vision_config, config.text_config
+    assert (vision.num_attention_heads, vision.num_hidden_layers, vision.intermediate_size) == (16, 32, 5120)
+    assert (vision.image_size, vision.patch_size, vision.hidden_act) == (224, 14, "gelu")
+    assert (text.num_attention_heads, text.num_hidden_layers, text.intermediate_size) == (16, 24, 4096)
+    assert (text.max_position_embeddings, text.eos_token_id, text.hidden_act) == (77, 49407, "gelu")
+    assert config.projection_dim == 1024 and sum(weight.numel() for weight in state.values()) == 986_109_441
+    renamed = {name: weight.shape for name, weight in library.from_open_clip(state).items()}
+    assert renamed == {name: weight.shape for name, weight in model.state_dict().items()}
+
+
 # --- several ---
 
 
@@ -922,6 +938,7 @@ def test_training_through_faults_is_bit_identical(tmp_path):
 SERVE = """
 import sys
 from neighbor_grpo.rewards import Compressibility, RewardServer
+assert not [name for name in sys.modules if name.startswith("transformers.models")]  # may be another version there
 server = RewardServer(Compressibility(), port=int(sys.argv[1]))
 print(server.server_port, flush=True)
 server.serve_forever()
