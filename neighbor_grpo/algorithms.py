@@ -138,7 +138,7 @@ class Algorithm:
     steps: int = 8
     "T, solver steps of a rollout."
     shift: float = 1.0
-    "Time shift of the grid; 3 for SD3 and FLUX."
+    "Time shift of the grid; 3 for SD3; 0: that of the task, where it has one."
     trained_steps: int = 4
     "K, steps trained for each trained candidate."
     train_where: Literal["random", "first", "last"] = "random"
@@ -173,7 +173,7 @@ class Algorithm:
         for name in ("kl_weight", "hold_weight", "advantage_power"): require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(self.scouts == 0 or self.scouts >= self.group_size, "scouts", self.scouts,
                 f"0, or an integer >= {self.group_size}, the group size")
-        for steps in (self.steps, self.scout_steps): time_grid(steps, self.shift)  # raises on bad values
+        for steps in (self.steps, self.scout_steps): time_grid(steps, self.shift or 1.0)  # raises on bad values
         least, most = self.trainable
         require(least <= self.trained_steps <= most, "trained_steps", self.trained_steps,
                 f"an integer in [{least}, {most}]")

@@ -23,7 +23,6 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
@@ -31,7 +30,7 @@ from .algorithms import check_types, take
 from .flow import Velocity, interpolate, one_cycle, randn, require, seeded, time_grid, velocity_target
 from .scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words
 from .sd3 import (SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline,
-                               pipeline_shift, quiet, save_policy, text_of)
+                               pipeline_shift, quiet, save_policy, text_of, tile)
 from .solvers import solve
 from .training import append_row, draw_panels, read_rows
 
@@ -531,8 +530,7 @@ class ScenesTask:
         "Save a grid of held-out images of each policy, side by side."
         captions = self.watched["reward"][:32]
         def paint(axis: plt.Axes, velocity: Velocity) -> None:
-            framed = F.pad(self.sample(velocity, captions), (1, 1, 1, 1), value=1.0)
-            axis.imshow(torch.cat([torch.cat(list(row), 2) for row in framed.split(8)], 1).permute(1, 2, 0).numpy())
+            axis.imshow(tile(self.sample(velocity, captions), 8).numpy())
             axis.set(xticks=[], yticks=[])
 
         draw_panels(policies, paint, path, (5, 3))

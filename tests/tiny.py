@@ -1,11 +1,19 @@
-"""A random Stable Diffusion 3 pipeline, built in code: the real classes at 60,000 parameters, without any download."""
+"""Random Stable Diffusion 3 and FLUX pipelines, built in code: the real classes, tiny, without any download."""
 
 import string
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     T5Config,
@@ -28,7 +36,7 @@ def t5_tokenizer():
     return T5TokenizerFast(vocab=[(piece, 0.0 if i < 3 else -3.0) for i, piece in enumerate(pieces)], extra_ids=0)
 
 
-def clip_encoder(width):
+def clip_encoder(width, kind=CLIPTextModelWithProjection):
     config = CLIPTextConfig(
         vocab_size=54,
         hidden_size=width,
@@ -41,13 +49,12 @@ def clip_encoder(width):
         eos_token_id=53,
         pad_token_id=53,
     )
-    return CLIPTextModelWithProjection(config)
+    return kind(config)
 
 
-def tiny_sd3(dual=False, shift=3.0, seed=0):
-    "A pipeline for 16x16 images with random weights; `dual`: dual attention and normed queries and keys, as in SD3.5."
-    torch.manual_seed(seed)
-    vae = AutoencoderKL(
+def autoencoder(scaling_factor, shift_factor):
+    "For 16x16 images."
+    return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
@@ -55,12 +62,24 @@ def tiny_sd3(dual=False, shift=3.0, seed=0):
         norm_num_groups=4,
         latent_channels=4,
         sample_size=16,
-        scaling_factor=1.5,
-        shift_factor=0.06,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
+
+
+def t5_config():
+    return T5Config(
+        vocab_size=30, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+
+
+def tiny_sd3(dual=False, shift=3.0, seed=0):
+    "A pipeline for 16x16 images with random weights; `dual`: dual attention and normed queries and keys, as in SD3.5."
+    torch.manual_seed(seed)
+    vae = autoencoder(1.5, 0.06)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -75,7 +94,6 @@ def tiny_sd3(dual=False, shift=3.0, seed=0):
         pos_embed_max_size=8,
         **(dict(dual_attention_layers=(0,), qk_norm="rms_norm") if dual else {}),
     )
-    t5 = T5Config(vocab_size=30, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
     return ready(
         StableDiffusion3Pipeline(
             transformer=transformer,
@@ -85,8 +103,35 @@ def tiny_sd3(dual=False, shift=3.0, seed=0):
             tokenizer=clip_tokenizer(),
             text_encoder_2=clip_encoder(16),
             tokenizer_2=clip_tokenizer(),
-            text_encoder_3=T5EncoderModel(t5),
+            text_encoder_3=T5EncoderModel(t5_config()),
             tokenizer_3=t5_tokenizer(),
+        )
+    )
+
+
+def tiny_flux(dynamic=True, guidance=True, seed=0):
+    "A pipeline for 16x16 images; `dynamic`: its shift depends on the size, `guidance`: it is told, as in FLUX.1-dev."
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=8,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=guidance,
+    )
+    return ready(
+        FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic),
+            vae=autoencoder(0.36, 0.12),
+            text_encoder=clip_encoder(8, CLIPTextModel),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=T5EncoderModel(t5_config()),
+            tokenizer_2=t5_tokenizer(),
+            transformer=transformer,
         )
     )
 
