@@ -86,6 +86,7 @@ PROMPTS = [
     "sch\u00c3\u00b6n \u2013 caf\u00e9 cafe\u0301 \ufb01ne \u1e9e \u03a3\u03a3",
     "the cat in the red hat and the other cats " * 12,
     "",
+    "<b> keeps ftfy away from &amp;lt;3 and cafe&#769;",
 ]
 COUNT = len(PICTURES)
 LISTED, ASKED = list(PICTURES.values()), (PROMPTS * 2)[:COUNT]
