@@ -70,7 +70,7 @@ class NetworkClock:
                  now: Callable[[], float] = time.process_time):  # the clock, in seconds
         self.now, self.seconds, self.calls, self.began, self.ended = now, 0.0, 0, None, None
         self.hooks = [network.register_forward_pre_hook(self.enter), network.register_forward_hook(self.leave)]
-        self.hooks += [p.register_post_accumulate_grad_hook(self.gradient) for p in network.parameters()]
+        self.hooks += [p.register_post_accumulate_grad_hook(self.gradient) for p in network.parameters() if p.requires_grad]
 
     def enter(self, module, inputs) -> None:
         "A forward pass begins."
@@ -81,6 +81,7 @@ class NetworkClock:
         "A forward pass ends."
         self.seconds += self.now() - self.entered
         self.calls += 1
+        output = output[0] if isinstance(output, tuple) else output
         if output.requires_grad: output.register_hook(self.backward)
 
     def backward(self, gradient: Tensor) -> None:

@@ -83,7 +83,7 @@ class MixGRPO(SDEGRPO):
 
     def grid(self, iteration: int) -> Tensor:
         "The times of an iteration: all up to the window's end, then a share of the rest."
-        ts, end = time_grid(self.steps, self.shift), self.window(iteration).stop
+        ts, end = time_grid(self.steps, self.shift or 1.0), self.window(iteration).stop  # as many, whatever the shift
         kept = math.ceil(self.tail_ratio * (self.steps - end) - 1e-9)  # 0.07 * 100 is a little more than 7
         tail = torch.linspace(end, self.steps, kept + 1, dtype=torch.float64).round().long()
         return torch.cat([ts[:end], ts[tail]])

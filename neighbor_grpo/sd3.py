@@ -250,7 +250,8 @@ class SD3Policy(nn.Module):
             self.register_buffer(f"negative_{name}", negative[name].clone() if twice else None, persistent=False)
         if not settings.lora_rank: transformer.float().requires_grad_(True)
         else:
-            if settings.precision == "bfloat16": transformer.to(torch.bfloat16)
+            if settings.precision == "bfloat16" and next(transformer.parameters()).dtype != torch.bfloat16:
+                nn.Module.to(transformer, torch.bfloat16)
             add_lora(transformer, settings, seed)
         if settings.gradient_checkpointing: transformer.enable_gradient_checkpointing()
         if settings.compile: transformer.compile_repeated_blocks()

@@ -20,13 +20,13 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(path for path in LIBRARY.glob("*.py") if not path.stem.startswith("_"))
 
 # Modules of the larger rungs, which are imported only when they are asked for, and may need what extras install.
-LARGE = {"distributed", "flux", "images", "miniature", "rewards", "sd3"}
+LARGE = {"cost", "distributed", "flux", "images", "miniature", "rewards", "sd3"}
 # What takes seconds to import, or what a plain install does not bring: the other modules must not even try.
 FORBIDDEN = (
     "diffusers transformers peft accelerate torchvision torchaudio sentencepiece ftfy open_clip hpsv2 "
     "nbdev fastcore execnb IPython ipywidgets pytest hypothesis"
 ).split()
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MAX_FUNCTION = 40  # lines of code in a function
 # The method, its rivals and their training are meant to be read in an hour; tasks, comparison and commands in another.
 TOOLS = {"benchmark", "cli", "compare", "digits", "scenes", "toy2d"}
