@@ -114,7 +114,7 @@ def flattened(
 
 # %% ../nbs/17b_distributed.ipynb #3c92d57e
 class Tracking:
-    "A callback for `Trainer.run`: what goes to the run folder also goes to accelerate's trackers, once."
+    "Called back by a run: what goes to the run folder also goes to accelerate's trackers, once."
     def __init__(self, accelerator: Accelerator,  # of `make_accelerator`
                  trainer: Trainer,  # with a run folder, not running yet
                  project: str = "neighbor_grpo"):  # what the trackers file it under

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from helpers import TinyTask, assert_same_outcome, outcome
-from tiny import tiny_sd3
+from tiny import tiny_flux, tiny_sd3
+from torch.distributed.fsdp import FSDPModule
 
 from neighbor_grpo import distributed
 from neighbor_grpo.algorithms import NeighborGRPO, take
@@ -31,6 +32,7 @@ from neighbor_grpo.distributed import (
     splitter,
 )
 from neighbor_grpo.flow import randn, seeded, time_grid
+from neighbor_grpo.flux import FluxPolicy, flux_text_of
 from neighbor_grpo.sd3 import SD3Policy, SD3Settings, decode, encode_prompts
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Trainer, TrainSettings, gather, read_rows
@@ -40,15 +42,25 @@ SETTINGS = TrainSettings(iterations=6, groups=4, updates=2, lr=3e-3, ema=0.8, ev
 INSTALLED = [name for name in TRACKERS if find_spec(name)]
 
 
+KINDS = {
+    "lora": SD3Settings(lora_rank=4),
+    "full": SD3Settings(),
+    "bf16": SD3Settings(lora_rank=4, precision="bfloat16"),
+    "flux": SD3Settings(lora_rank=4),
+}
+
+
 class Bright:
-    "A tiny random Stable Diffusion 3 that is rewarded for red, and may die while it judges."
+    "A tiny random pipeline that is rewarded for red, and may die while it judges."
 
     shape, prompts = (4, 8, 8), 3
 
-    def __init__(self, rank=4, dies_at=None):
-        self.pipeline, self.judged, self.dies_at = tiny_sd3(), 0, dies_at
-        self.cond = encode_prompts(self.pipeline, ["a cat", "two dogs", "a red bird"], 12)
-        self.policy = SD3Policy(copy.deepcopy(self.pipeline.transformer), SD3Settings(lora_rank=rank))
+    def __init__(self, kind="lora", dies_at=None):
+        self.judged, self.dies_at, flux = 0, dies_at, kind == "flux"
+        self.pipeline = tiny_flux() if flux else tiny_sd3()
+        encoder = {"text_of": flux_text_of} if flux else {}
+        self.cond = encode_prompts(self.pipeline, ["a cat", "two dogs", "a red bird"], 12, **encoder)
+        self.policy = (FluxPolicy if flux else SD3Policy)(copy.deepcopy(self.pipeline.transformer), KINDS[kind])
 
     def conditions(self, prompts):
         return take(self.cond, prompts)
@@ -70,20 +82,21 @@ class Bright:
 # --- what the processes do: this file is also the script that is launched ---
 
 
-def work(folder, resume=False, iterations=6, names="", rank=4, split=False, dies=(None, None), trackers=""):
-    "Train in every named folder, one after the other."
-    os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"] = str(split).lower(), "2"
-    for name in names.split():
-        out = Path(folder) / name
-        accelerator = make_accelerator(out, trackers)
-        assert gather(accelerator.process_index) == [0, 1]  # there are two, and they know each other
-        task = Bright(rank, dies[accelerator.process_index])
-        settings = replace(SETTINGS, iterations=iterations)
-        trainer = Trainer(task, ALGORITHM, settings, out, resume, split=splitter(accelerator))
-        split_now = {hasattr(weight, "full_tensor") for weight in trainer.policy.parameters()}
-        assert split_now == {split}
-        with Tracking(accelerator, trainer) as tracking:
-            trainer.run(progress=False, callback=tracking)
+def work(folder, name, resume=False, dies=(None, None), trackers=""):
+    "Train in a folder that is named after what is trained, and whether it is split."
+    kind, _, split = name.partition("-")
+    os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_VERSION"] = str(bool(split)).lower(), "2"
+    out = Path(folder) / name
+    accelerator = make_accelerator(out, trackers)
+    assert gather(accelerator.process_index) == [0, 1]  # there are two, and they know each other
+    task = Bright(kind, dies[accelerator.process_index])
+    trainer = Trainer(task, ALGORITHM, SETTINGS, out, resume, split=splitter(accelerator))
+    assert {hasattr(weight, "full_tensor") for weight in trainer.policy.parameters()} == {bool(split)}
+    blocks = [*trainer.policy.transformer.transformer_blocks]
+    blocks += getattr(trainer.policy.transformer, "single_transformer_blocks", [])
+    assert {isinstance(block, FSDPModule) for block in blocks} == {bool(split)}
+    with Tracking(accelerator, trainer) as tracking:
+        trainer.run(progress=False, callback=tracking)
 
 
 if __name__ == "__main__":
@@ -114,8 +127,8 @@ def succeed(*arguments, **more):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def one_process(folder, rank=4, resume=False, **more):
-    return Trainer(Bright(rank), ALGORITHM, replace(SETTINGS, **more), folder, resume).run(progress=False)
+def one_process(folder, kind="lora", resume=False, **more):
+    return Trainer(Bright(kind), ALGORITHM, replace(SETTINGS, **more), folder, resume).run(progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -127,28 +140,27 @@ def home(tmp_path_factory):
 def runs(home, tmp_path_factory):
     "A folder with runs of two processes that nothing stopped: adapters and all weights, whole and split."
     folder = tmp_path_factory.mktemp("runs")
-    jobs = [{"names": "lora"}, {"names": "lora-split", "split": True}]
-    jobs += [{"names": "full", "rank": 0}, {"names": "full-split", "rank": 0, "split": True}]
-    succeed(TORCH, *[{"folder": str(folder), **job} for job in jobs], home=home)
+    names = [f"{kind}{end}" for kind in KINDS for end in ("", "-split")]
+    succeed(TORCH, *[{"folder": str(folder), "name": name} for name in names], home=home)
     return folder
 
 
 @pytest.fixture(scope="module")
 def killed(home, tmp_path_factory):
     "Two runs of two processes, one of which was killed while it judged, and then resumed by another launcher."
-    folder, whole = tmp_path_factory.mktemp("killed"), {"names": "lora", "trackers": ",".join(INSTALLED)}
-    split = {"names": "lora-split", "split": True}
+    folder = tmp_path_factory.mktemp("killed")
+    jobs = [{"folder": str(folder), "name": name} for name in ("lora", "lora-split")]
+    jobs[0]["trackers"] = ",".join(INSTALLED)
     ends = [
-        launch(TORCH, {"folder": str(folder), "dies": dies, **job}, home=home)
-        for job, dies in ((whole, (None, 4)), (split, (5, None)))
+        launch(TORCH, {**job, "dies": dies}, home=home) for job, dies in zip(jobs, ((None, 4), (5, None)), strict=True)
     ]
-    left = {job["names"]: outcome(folder / job["names"])[1]["state"]["iteration"] for job in (whole, split)}
-    succeed(ACCELERATE, *[{"folder": str(folder), "resume": True, **job} for job in (whole, split)], home=home)
+    left = {job["name"]: outcome(folder / job["name"])[1]["state"]["iteration"] for job in jobs}
+    succeed(ACCELERATE, *[{**job, "resume": True} for job in jobs], home=home)
     return folder, ends, left
 
 
 def difference(a, b, file):
-    "Largest difference of two runs' checkpoints, and how far the second one's weights have come."
+    "The largest difference of two runs' checkpoints, in files whose name starts like this."
     (a, _), (b, _) = outcome(a), outcome(b)
     assert a.keys() == b.keys()
     return max((a[key] - b[key]).abs().max().item() for key in b if key.startswith(file))
@@ -157,11 +169,11 @@ def difference(a, b, file):
 # --- the same weights ---
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "flux"])
 @pytest.mark.parametrize("split", ["", "-split"])
 def test_two_processes_learn_what_one_learns(kind, split, runs, tmp_path):
-    single = one_process(tmp_path / "one", 4 if kind == "lora" else 0)
-    start = dict(Bright(4 if kind == "lora" else 0).policy.named_parameters())
+    single = one_process(tmp_path / "one", kind)
+    start = dict(Bright(kind).policy.named_parameters())
     moved = max((weight - start[name]).abs().max().item() for name, weight in single.policy.named_parameters())
     for file in ("policy", "ema"):
         apart = difference(runs / f"{kind}{split}", tmp_path / "one", file)
@@ -172,17 +184,18 @@ def test_two_processes_learn_what_one_learns(kind, split, runs, tmp_path):
         )
 
 
-def test_split_weights_end_where_whole_ones_do(runs):
-    assert difference(runs / "lora-split", runs / "lora", "") < 1e-6
-    assert difference(runs / "full-split", runs / "full", "") < 1e-5
+@pytest.mark.parametrize("kind", KINDS)
+def test_split_weights_end_where_whole_ones_do(kind, runs):
+    assert difference(runs / f"{kind}-split", runs / kind, "") < 1e-5
+    tensors, _ = outcome(runs / f"{kind}-split")
+    assert {value.dtype for name, value in tensors.items() if "lora_" in name or kind == "full"} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_one_process_takes_up_what_two_left_split(kind, runs, tmp_path):
-    rank = 4 if kind == "lora" else 0
     shutil.copytree(runs / f"{kind}-split", tmp_path / "run")
-    longer = one_process(tmp_path / "run", rank, resume=True, iterations=8)
-    one_process(tmp_path / "one", rank, iterations=8)
+    longer = one_process(tmp_path / "run", kind, resume=True, iterations=8)
+    one_process(tmp_path / "one", kind, iterations=8)
     assert longer.iteration == 8 and difference(tmp_path / "run", tmp_path / "one", "") < 1e-5
 
 

@@ -14,6 +14,7 @@ from neighbor_grpo.anchors import distance_spread, sample_anchors, sample_subset
 from neighbor_grpo.benchmark import CostTask, measure
 from neighbor_grpo.cli import main
 from neighbor_grpo.digits import DigitsSettings
+from neighbor_grpo.distributed import tracker_names
 from neighbor_grpo.flow import denoised, interpolate, randn, seeded, time_grid
 from neighbor_grpo.forward import VGRPO, DiffusionNFT, forward_times
 from neighbor_grpo.grpo import clipped_surrogate, combine_rewards, group_advantages
@@ -267,6 +268,7 @@ CALLS = [
     (lambda: RemoteReward("judge:8000"), "url", "'judge:8000'", "http://machine:8000"),
     (lambda: RemoteReward("http://judge", timeout=0), "timeout", "0", "> 0"),
     (lambda: RemoteReward("http://judge", patience=math.nan), "patience", "nan", "> 0"),
+    (lambda: tracker_names("tensorboard, mlflow"), "trackers", "'mlflow'", "tensorboard, wandb, trackio"),
 ]
 
 
