@@ -121,12 +121,12 @@ def count_cost(
         weights = {weight.untyped_storage()._cdata for weight in policy.parameters()}
         x, t, cond = torch.randn(1, chosen.channels, height // 8, width // 8), torch.rand(1), random_conditions(policy.transformer, 1, chosen.tokens)
         def keep(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held, so that no address comes twice
             return tensor
         with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as forward: policy(x, t, cond)
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as both, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = policy(x, t, cond).square().mean()
-            kept = sum(size for storage, size in saved.items() if storage not in weights)
+            kept = sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
             loss.backward()
     size = lambda trained: sum(w.numel() * w.element_size() for w in policy.parameters() if w.requires_grad or not trained)
     return dict(forward=forward.get_total_flops() / 1e12, both=both.get_total_flops() / 1e12, kept=kept / 1e9,
