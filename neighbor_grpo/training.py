@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'TrainSettings', 'choose_prompts', 'world', 'gather',
-           'merged', 'average_gradients', 'whole', 'split_as', 'write_atomically', 'append_row', 'read_rows',
+           'merged', 'average_gradients', 'put_together', 'split_as', 'write_atomically', 'append_row', 'read_rows',
            'Checkpoints', 'flat_optimizer', 'load_optimizer', 'trained_state', 'load_trained', 'kept', 'run_config',
            'read_config', 'check_config', 'open_run', 'Trainer', 'plot_run', 'draw_panels']
 
@@ -141,7 +141,7 @@ def average_gradients(module: nn.Module) -> None:
         p.grad /= world()[1]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def put_together(tensor: Tensor) -> Tensor:
     "A tensor that is split, put together on the CPU of the first process (all must ask); any other as it is."
     if not hasattr(tensor, "full_tensor"): return tensor
     full = tensor.full_tensor()
@@ -149,7 +149,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def split_as(tensor: Tensor, like: Tensor) -> Tensor:
-    "The inverse of `whole`: split as another tensor is, if it is."
+    "The inverse of `put_together`: split as another tensor is, if it is."
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape: return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
@@ -448,7 +448,7 @@ class Trainer:
         tensors = dict(policy=trained_state(self.policy), optimizer=flat_optimizer(self.optimizer))
         if self.average: tensors["ema"] = trained_state(self.average.module)
         if self.memory: tensors["memory"] = self.memory
-        tensors = {file: {name: whole(value) for name, value in group.items()} for file, group in tensors.items()}
+        tensors = {file: {name: put_together(value) for name, value in group.items()} for file, group in tensors.items()}
         if self.rank == 0: self.checkpoints.save(self.iteration, tensors, dict(iteration=self.iteration))
 
     def restore(self) -> None:
