@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .algorithms import Algorithm
 from .benchmark import NetworkClock, forward_equivalents, wall_time
-from .flow import Velocity, randn, require, seeded
+from .flow import Velocity, require
 from .flux import FLUX, SD3, Family
 from .sd3 import SD3Settings, quiet
 from .training import Trainer, TrainSettings

@@ -261,10 +261,15 @@ class ImagesTask:
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
         "Mean of each reward on held-out prompts, their weighted sum as `reward`, and the diversity."
         rank, size = world()
-        mine = [number for number in range(self.settings.eval_images) if number % self.held % size == rank]
-        parts = [self.sample(velocity, mine[i:i + self.settings.decode_batch]) for i in range(0, len(mine), self.settings.decode_batch)]
-        scores = [torch.stack([judge(*part) for judge in self.judge.rewards], 1) for part in parts]
-        images = dict(zip(mine, (image for part, _ in parts for image in part.cpu())))
+        shares = [[n for n in range(self.settings.eval_images) if n % self.held % size == r] for r in range(size)]
+        count = min(self.settings.decode_batch, self.settings.batch or self.settings.decode_batch)
+        parts = []
+        for start in range(0, max(map(len, shares)), count):  # as many calls in each process, where weights may be split
+            numbers = shares[rank][start:start + count]
+            images, texts = self.sample(velocity, numbers or [0])
+            if numbers: parts.append((numbers, images.cpu(), texts))
+        scores = [torch.stack([judge(*part) for judge in self.judge.rewards], 1) for _, *part in parts]
+        images = {number: image for numbers, part, _ in parts for number, image in zip(numbers, part)}
         means = torch.cat([part for scores in gather(scores) for part in scores]).mean(0)
         row = dict(reward=(means * torch.tensor(self.judge.weights)).sum().item())
         if len(self.names) > 1: row |= dict(zip(self.names, means.tolist()))

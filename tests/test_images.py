@@ -1,12 +1,17 @@
 """The task of the large models on tiny pipelines: prompts, devices, every algorithm, saving, recipes."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_algorithms import SMALL
 from tiny import tiny_flux, tiny_sd3
 
@@ -26,7 +31,7 @@ from neighbor_grpo.images import (
 from neighbor_grpo.rivals import ALGORITHMS
 from neighbor_grpo.sd3 import encode_prompts, open_pipeline, quiet
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.training import Trainer, TrainSettings, trained_state
+from neighbor_grpo.training import Trainer, TrainSettings, read_rows, trained_state
 
 PROMPTS = ["a cat", "two dogs", "a red bird", "a tree", "a house"]
 PIPELINES = {"sd3": lambda: tiny_sd3(False), "sd35": lambda: tiny_sd3(True), "flux": tiny_flux}
@@ -338,3 +343,55 @@ def test_train_evaluate_sample_and_resume(folder, tmp_path, capsys, monkeypatch)
     kept = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"prompts.safetensors", "samples.png", "samples-000003.png", "trained", "reward.png"} <= kept
     assert [path.name for path in (tmp_path / "run" / "trained").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+# --- several processes ---
+
+
+def launch(cwd, processes, line, **environment):
+    "A command in processes of torchrun; what they printed."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    inherited = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(images.__file__).parent.parent)}
+    started = [*command, "-m", "neighbor_grpo.cli", *line.split()]
+    done = subprocess.run(started, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+SHORT = (
+    "--height 16 --width 16 --max_sequence_length 12 --eval_images 7 --eval_steps 3 --decode_batch 2 --group_size 4 "
+    "--steps 3 --anchors 2 --trained_steps 2 --groups 2 --lora_rank 2 --lora_alpha 0 --precision float32 --eval_every 2"
+    " --iterations 3 --guidance_scale 1.5 --train_guidance_scale 1.5 --kl_weight 0.1 --quiet --out run"
+)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_two_processes_of_the_command_equal_one(folder, tmp_path, monkeypatch, split, capsys):
+    line = f"train sd3 --source {folder / 'sd35'} --prompts {folder / 'prompts.txt'} {SHORT}"
+    fsdp = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", ACCELERATE_USE_CPU="true") if split else {}
+    status, said, errors = launch(tmp_path, 2, line + " --trackers tensorboard", **fsdp)
+    assert status == 0, errors
+    assert said.count("run folder: run") == 1
+    one = tmp_path / "one"
+    one.mkdir()
+    monkeypatch.chdir(one)
+    assert main(line.split()) == 0
+    for name in ("policy", "ema"):
+        ours, theirs = (
+            load_file(path / "run" / "checkpoints" / "000003" / f"{name}.safetensors") for path in (tmp_path, one)
+        )
+        assert ours.keys() == theirs.keys() and all((ours[key] - theirs[key]).abs().max() < 1e-5 for key in ours)
+    ours, theirs = (read_rows(path / "run" / "eval.jsonl") for path in (tmp_path, one))
+    assert [row["iteration"] for row in ours] == [0, 2, 3]
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row == pytest.approx(expected, abs=2e-3)  # a JPEG may turn on a rounding of one pixel
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+    assert (tmp_path / "run" / "trained").exists() != split  # split weights are saved by another command
+    monkeypatch.chdir(tmp_path)
+    assert main(["save", "run"]) == 0 and (tmp_path / "run" / "trained-000003").is_dir()
+    capsys.readouterr()
+
+
+def test_processes_need_a_folder_that_all_know(tmp_path):
+    status, _, errors = launch(tmp_path, 2, "train toy --iterations 1 --quiet")
+    assert status != 0 and "--out must be given where several processes train" in errors
+    assert list(tmp_path.iterdir()) == []
