@@ -12,6 +12,7 @@ __all__ = ['TASKS', 'LARGE', 'DEFAULTS', 'RECIPES', 'PAPER_MODELS', 'COMMANDS', 
 import argparse
 import difflib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -315,16 +316,19 @@ def bench_model(
     cost, sd3 = (importlib.import_module(f"neighbor_grpo.{name}") for name in ("cost", "sd3"))
     parser = Parser(prog="neighbor-grpo bench", description=bench_model.__doc__)
     parser.add_argument("--model", choices=list(cost.MODELS), help="How large a transformer.")
-    for name, default, text in (("height", 512, "Of an image, in pixels."), ("width", 512, "Of an image, in pixels."),
-                                ("iterations", 3, "Timed iterations of each algorithm."), ("groups", 1, "P, groups of 12."),
-                                ("micro_batch", 4, "Trained states at once.")):
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    parser.add_argument("--size", nargs="+", type=int, default=[512], help="Height and width of an image, in pixels; may be several.")
+    parser.add_argument("--micro_batch", nargs="+", type=int, default=[4], help="Trained states at once; may be several.")
+    parser.add_argument("--iterations", type=int, default=3, help="Timed iterations of each algorithm.")
+    parser.add_argument("--groups", type=int, default=1, help="P, groups of 12 in an iteration.")
     parser.add_argument("--device", default="", help="Such as cuda or cpu; without it the accelerator if there is one.")
     parser.add_argument("--quiet", action="store_true", help="Show no progress bar.")
     parser.add_class_arguments(sd3.SD3Settings)
     v = parser.parse_args(list(argv))
-    rows = cost.measure_model(v.model, PAPER_MODELS, v.height, v.width, pick(sd3.SD3Settings, v), v.iterations, v.groups,
-                              v.micro_batch, v.device, not v.quiet)
+    rows = []
+    for size, states in itertools.product(v.size, v.micro_batch):
+        measured = cost.measure_model(v.model, PAPER_MODELS, size, size, pick(sd3.SD3Settings, v), v.iterations, v.groups,
+                                      states, v.device, not v.quiet)
+        rows += [dict(size=size, micro_batch=states, **row) for row in measured]
     print(cost.phases_markdown(rows))
 
 

@@ -229,10 +229,11 @@ def phases_markdown(
     rows: Sequence[dict],  # of `measure_model`
 ) -> str:
     "The rows as a Markdown table."
-    names = dict(algorithm="algorithm", nfe_old="NFE old", nfe_theta="NFE theta", seconds="s / iteration", times="times the first", rollout="s / rollout",
+    names = dict(size="pixels", micro_batch="states at once", algorithm="algorithm", nfe_old="NFE old", nfe_theta="NFE theta", seconds="s / iteration", times="times the first", rollout="s / rollout",
                  rollout_outside="rollout outside the transformer", update_outside="update outside", memory="peak GB")
     def show(key, value):
         if key.endswith("outside"): return f"{value:.1%}"
         return ("-" if value != value else f"{value:.3g}") if isinstance(value, float) else str(value)
+    names = {key: title for key, title in names.items() if key in rows[0]}
     lines = [list(names.values()), ["---"] * len(names)] + [[show(key, row[key]) for key in names] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

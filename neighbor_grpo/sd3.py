@@ -236,6 +236,17 @@ def adapters_off(transformer: SD3Transformer2DModel) -> Iterator[None]:
         for weight in transformer.parameters(): weight.requires_grad_(id(weight) in wanted)
 
 # %% ../nbs/16_sd3.ipynb #3062e6c4
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    "What a transformer consists of, in order; FLUX has two kinds."
+    return [block for name in ("transformer_blocks", "single_transformer_blocks") for block in getattr(transformer, name, ())]
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    "Compile block by block: each kind is compiled once, with and without gradient, adapters on and off."
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # 8 is too few for all of these
+    for block in blocks_of(transformer): block.compile()
+
+# %% ../nbs/16_sd3.ipynb #037efb89
 class SD3Policy(nn.Module):
     "The velocity of a Stable Diffusion 3 transformer, and what of it is trained."
     def __init__(self, transformer: SD3Transformer2DModel,  # becomes the policy's own: it is changed
@@ -254,7 +265,7 @@ class SD3Policy(nn.Module):
                 nn.Module.to(transformer, torch.bfloat16)
             add_lora(transformer, settings, seed)
         if settings.gradient_checkpointing: transformer.enable_gradient_checkpointing()
-        if settings.compile: transformer.compile_repeated_blocks()
+        if settings.compile: compile_blocks(transformer)
 
     @staticmethod
     def needs_negative(settings: SD3Settings) -> bool:

@@ -138,7 +138,7 @@ def test_measured_rows():
     ("line", "message"),
     [
         ("bench --model sd4", "--model"),
-        ("bench --model tiny --height 20", "height must be a multiple of 16, got 20"),
+        ("bench --model tiny --size 20", "height must be a multiple of 16, got 20"),
         ("bench --model tiny --iterations 0", "iterations must be an integer >= 1, got 0"),
         ("bench --model tiny --lora_alpha 3", "lora_alpha must be unset where lora_rank is 0"),
     ],
@@ -149,7 +149,9 @@ def test_wrong_calls(line, message, capsys):
 
 
 def test_the_command_prints_a_table(capsys):
-    line = "bench --model tiny --height 32 --width 32 --iterations 1 --micro_batch 24 --lora_rank 2 --quiet"
+    line = "bench --model tiny --size 32 48 --iterations 1 --micro_batch 24 --lora_rank 2 --quiet"
     assert main(line.split()) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in table[2:]] == ["NeighborGRPO", "DanceGRPO", "MixGRPO"]
+    cells = [[cell.strip() for cell in row.split("|")[1:4]] for row in table[2:]]
+    names = ("NeighborGRPO", "DanceGRPO", "MixGRPO")
+    assert cells == [[size, "24", name] for size in ("32", "48") for name in names]

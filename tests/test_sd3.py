@@ -739,3 +739,39 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match="folder must be new, empty, or one that a policy was saved to"):
             save_policy(make(pipeline), pipeline, tmp_path / name)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
+
+
+@BOTH
+@KINDS
+def test_compiled_blocks_compute_the_same(dual, rank, monkeypatch):
+    "With and without gradient, adapters on and off, and in a copy; the compiler itself is left out: it takes a minute."
+    compiled = []
+
+    def compile(block):
+        compiled.append(block)
+        block._compiled_call_impl = torch.compile(block._call_impl, backend="eager", dynamic=False)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    pipeline = tiny_sd3(dual)
+    plain, policy = (
+        make(pipeline, dual, rank, guidance_scale=2.0),
+        make(pipeline, dual, rank, guidance_scale=2.0, compile=True),
+    )
+    assert (
+        compiled == list(policy.transformer.transformer_blocks)
+        and plain.state_dict().keys() == policy.state_dict().keys()
+    )
+    for each in (plain, policy):
+        move(each)
+    x, t, cond = inputs(pipeline)
+    for velocity, expected in (
+        (policy, plain),
+        (policy.reference(), plain.reference()),
+        (copy.deepcopy(policy), plain),
+    ):
+        with torch.no_grad():
+            assert (velocity(x, t, cond) - expected(x, t, cond)).abs().max() < 1e-6
+    for each in (plain, policy):
+        each(x, t, cond).square().mean().backward()
+    for name, weight in trained(policy).items():
+        assert (weight.grad - trained(plain)[name].grad).abs().max() < 1e-6
