@@ -218,7 +218,7 @@ class ImagesTask:
         self.settings, s = settings, settings
         train, held = split_prompts(s)
         self.device = choose_device(s.device, s.min_memory)
-        judges, weights = make_rewards(s.rewards, self.device, getattr(torch, s.precision))
+        judges, weights = make_rewards(s.rewards, self.device)  # in float32: a group's scores differ in the third digit
         self.names, self.judge = [name for _, name, _ in parse_rewards(s.rewards)], Rewards(judges, weights, s.combine == "rewards")
         self.reward_weights = None if self.judge.total else weights
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
