@@ -86,7 +86,7 @@ class FluxPolicy(SD3Policy):
 
     def evaluate(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], scale: float) -> Tensor:
         "One call of the transformer at a guidance scale, on packed latents."
-        told = torch.full_like(t, scale) if self.transformer.config.guidance_embeds else None
+        told = torch.full_like(t, scale, device=x.device) if self.transformer.config.guidance_embeds else None
         return self.call(x, t, **cond, guidance=told)
 
     def call(self, x: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor, guidance: Tensor | None = None) -> Tensor:
