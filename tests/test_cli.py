@@ -6,12 +6,14 @@ import inspect
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import typing
 from contextlib import suppress
 
 import pytest
+import torch
 
 from neighbor_grpo.cli import TASKS, defaults_of, main, task_classes
 from neighbor_grpo.rivals import ALGORITHMS
@@ -264,3 +266,20 @@ def test_a_damaged_checkpoint_ends_in_one_line(run_folder, tmp_path, capsys):
         assert main(command) == 1
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and "000012" in error
+
+
+def test_serve_answers_until_it_is_stopped(tmp_path):
+    from neighbor_grpo.rewards import Compressibility, RemoteReward
+
+    code = "import sys; from neighbor_grpo.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *"serve --rewards compressibility,0.5*compressibility --port 0".split()]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().split()[-1]
+        pictures = torch.rand(3, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+        answer = RemoteReward(url, patience=30)(pictures, ["a", "b", "c"])
+        assert torch.allclose(answer, 1.5 * Compressibility()(pictures, ["a", "b", "c"]))
+    finally:
+        process.send_signal(signal.SIGINT)
+        status = process.wait(30)
+    assert status == 130 and list(tmp_path.iterdir()) == []
