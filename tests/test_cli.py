@@ -280,6 +280,6 @@ def test_serve_answers_until_it_is_stopped(tmp_path):
         answer = RemoteReward(url, patience=30)(pictures, ["a", "b", "c"])
         assert torch.allclose(answer, 1.5 * Compressibility()(pictures, ["a", "b", "c"]))
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         status = process.wait(30)
-    assert status == 130 and list(tmp_path.iterdir()) == []
+    assert status == -signal.SIGTERM and list(tmp_path.iterdir()) == []
