@@ -209,7 +209,7 @@ def make_task(
     "The task of a run, in its folder."
     try: return task_classes(name)[0](settings, out, seed, progress)
     except Exception:
-        if new and [path.name for path in out.iterdir()] == ["config.json"]: shutil.rmtree(out)
+        if new and world()[0] == 0 and [path.name for path in out.iterdir()] == ["config.json"]: shutil.rmtree(out)
         raise
 
 
