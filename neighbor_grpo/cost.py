@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from .algorithms import Algorithm
-from .benchmark import NetworkClock, forward_equivalents, wall_time
-from .flow import Velocity, require
+from .benchmark import CostTask, NetworkClock, forward_equivalents, wall_time
+from .flow import require
 from .flux import FLUX, SD3, Family
 from .sd3 import SD3Settings, quiet
 from .training import Trainer, TrainSettings
@@ -38,8 +38,6 @@ class Model:
     "Its configuration."
     tokens: int
     "Of a prompt."
-    guidance_scale: float
-    "As its authors sample it."
     channels: int = 16
     "Of a latent."
 
@@ -47,13 +45,13 @@ class Model:
 MODELS = {
     "tiny": Model(SD3, SD3Transformer2DModel, dict(
         sample_size=64, num_layers=3, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=64,
-        pooled_projection_dim=24, pos_embed_max_size=32, dual_attention_layers=(0,), qk_norm="rms_norm"), 24, 4.5),
+        pooled_projection_dim=24, pos_embed_max_size=32, dual_attention_layers=(0,), qk_norm="rms_norm"), 24),
     "sd3.5-medium": Model(SD3, SD3Transformer2DModel, dict(
         num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"), 333, 4.5),
+        dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"), 333),
     "sd3.5-large": Model(SD3, SD3Transformer2DModel, dict(
-        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"), 333, 4.5),
-    "flux-dev": Model(FLUX, FluxTransformer2DModel, dict(guidance_embeds=True), 512, 3.5)}
+        num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"), 333),
+    "flux-dev": Model(FLUX, FluxTransformer2DModel, dict(guidance_embeds=True), 512)}
 
 # %% ../nbs/18a_cost.ipynb #4a18c9c4
 def random_conditions(
@@ -148,9 +146,9 @@ def estimate(
     return dict(seconds=groups * algorithm.group_size * evaluations * per_sample / rate, memory=memory)
 
 # %% ../nbs/18a_cost.ipynb #8a2021ec
-class RandomTask:
+class RandomTask(CostTask):
     "A large transformer with random weights, one prompt, and a reward that costs nothing."
-    prompts, shift = 1, 3.0
+    shift = 3.0
 
     def __init__(self, model: str,  # of MODELS
                  height: int, width: int,  # of an image, in pixels
@@ -168,14 +166,6 @@ class RandomTask:
     def conditions(self, prompts: Tensor) -> dict[str, Tensor]:
         "The one prompt, as often as asked."
         return {name: value.repeat(len(prompts), *[1] * (value.ndim - 1)) for name, value in self.cond.items()}
-
-    def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
-        "Mean of each sample."
-        return samples.flatten(1).mean(1)
-
-    def evaluate(self, velocity: Velocity) -> dict[str, float]:
-        "Nothing to hold out."
-        return dict(reward=0.0)
 
 
 def timed_phases(

@@ -27,7 +27,7 @@ TINY_FLUX |= dict(joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rop
 @pytest.fixture(autouse=True)
 def tiny_flux(monkeypatch):
     "FLUX at a size that can be counted here."
-    model = cost.Model(MODELS["flux-dev"].family, MODELS["flux-dev"].network, TINY_FLUX, 12, 3.5)
+    model = cost.Model(MODELS["flux-dev"].family, MODELS["flux-dev"].network, TINY_FLUX, 12)
     monkeypatch.setitem(MODELS, "tiny-flux", model)
 
 
