@@ -336,13 +336,14 @@ class WithoutAdapters(nn.Module):
         with adapters_off(policy.transformer): return policy.guided(x, t, cond, self.scale)
 
 # %% ../nbs/16_sd3.ipynb #1ba4a288
-def write_lora(transformer: nn.Module, kind: type[DiffusionPipeline], folder: Path) -> None:
-    "The adapters with their configuration, without which they would be loaded at another scale."
-    config = transformer.peft_config[ADAPTER].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    kind.save_lora_weights(
-        folder, transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-        transformer_lora_adapter_metadata=config)
+def lora_tensors(
+    transformer: nn.Module,  # with adapters
+) -> dict[str, Tensor]:  # A and alpha / rank B, by name
+    "The adapters for readers that know of the tensors alone and take alpha = rank."
+    config = transformer.peft_config[ADAPTER]
+    tensors = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    scale = config.lora_alpha / config.r
+    return {name: scale * weight if ".lora_B." in name else weight for name, weight in tensors.items()}
 
 # %% ../nbs/16_sd3.ipynb #12d485b2
 def save_policy(
@@ -359,8 +360,9 @@ def save_policy(
     for leftover in (partial, old): shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     with quiet():
-        if policy.settings.lora_rank: write_lora(policy.transformer, type(pipeline), partial)
-        else: type(pipeline)(**pipeline.components | {"transformer": policy.transformer}).save_pretrained(partial)
+        kind, lora = type(pipeline), policy.settings.lora_rank > 0
+        if lora: kind.save_lora_weights(partial, lora_tensors(policy.transformer))
+        else: kind(**pipeline.components | {"transformer": policy.transformer}).save_pretrained(partial)
     if folder.exists(): os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
