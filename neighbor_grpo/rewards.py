@@ -150,7 +150,7 @@ def without_bars() -> Iterator[None]:
         if bars: log.enable_progress_bar()
         log.set_verbosity(verbosity)
 
-# %% ../nbs/15_rewards.ipynb #00000000
+# %% ../nbs/15_rewards.ipynb #d26230d9
 FOLDERS = ("model", "models", "checkpoint", "checkpoints", "weights", "pretrained", "run", "runs", "output",
            "outputs", "results", "data", "datasets", "home", "tmp", "judges", "rewards")  # where people keep things
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".yaml", ".zip")

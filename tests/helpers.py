@@ -98,6 +98,20 @@ def weights(module):
     return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
 
 
+def strayed(found, expected, start):
+    """How far two trained vectors of weights are apart, as a share of the way that training took.
+
+    AdamW divides a gradient by its own size, so a gradient that is nothing but rounding moves its weight by up to the
+    rate, in either direction. No bound on the largest difference below twice the rate times the updates holds on every
+    processor. Such weights are few: over all weights rounding stays far below a hundredth of the way, and runs that
+    have not trained on the same numbers are about as far apart as the way is long.
+    """
+    return ((found - expected).norm() / (expected - start).norm()).item()
+
+
+STRAYED = 0.01  # of the way; rounding alone stays below a tenth of it
+
+
 class TinyTask:
     "Points that shall move to (1, 1), five prompts that shift the velocity, and dropout, which draws global numbers."
 

@@ -210,7 +210,8 @@ def test_a_group_computed_alone_is_the_same(algorithm):
         states = algorithm.trained_states(alone, streams(3, 1)[g : g + 1])
         mine = [(step, member) for step, group, member in chosen if group == g]
         assert mine == list(zip(states.step.tolist(), states.member.tolist(), strict=True))
-        assert torch.equal(algorithm.advantages(rewards[g : g + 1])[0], advantages[g])
+        # The sums over one row and over three may take another order: a few units in the last place.
+        assert (algorithm.advantages(rewards[g : g + 1])[0] - advantages[g]).abs().max() < 1e-5
 
 
 @every_algorithm

@@ -110,15 +110,16 @@ def test_sizes_that_do_not_fit_are_refused(height, width):
         flux_latent_shape(tiny_flux(), height, width)
 
 
-def test_the_reference_is_the_base_to_the_last_bit():
+def test_the_reference_is_the_base():
     pipeline = tiny_flux()
     policy = make(pipeline, 4, guidance_scale=3.5, train_guidance_scale=2.0)
     x, t, cond = randn((3, 4, 8, 8), seeded(0)), torch.tensor([0.2, 0.5, 0.9]), conditions(pipeline)
     with torch.no_grad():
         base = make(pipeline, guidance_scale=2.0)(x, t, cond)
         moved = move(policy)(x, t, cond)
-        assert torch.equal(policy.reference()(x, t, cond), base)
-        assert torch.equal(policy(x, t, cond), moved) and not torch.equal(moved, base)
+        # A layer that can have adapters takes another product of matrices: rounding of numbers of order one.
+        assert (policy.reference()(x, t, cond) - base).abs().max() < 1e-5 < 1e-3 < (moved - base).abs().max()
+        assert torch.equal(policy(x, t, cond), moved)
 
 
 def test_adapters_reach_both_kinds_of_blocks():

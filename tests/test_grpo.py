@@ -50,7 +50,9 @@ def test_a_group_of_equal_rewards_gets_exactly_nothing(value, dtype):
 
 def test_groups_do_not_see_each_other():
     a, b = torch.rand(1, 6), 100 * torch.rand(1, 6)
-    assert torch.equal(group_advantages(torch.cat([a, b])), torch.cat([group_advantages(a), group_advantages(b)]))
+    together, alone = group_advantages(torch.cat([a, b])), torch.cat([group_advantages(a), group_advantages(b)])
+    # The sums over one row and over two may take another order: a few units in the last place of numbers below 3.
+    assert (together - alone).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("given", [torch.tensor([[0, 1, 5]]), torch.tensor([[0.0, 1.0, 5.0]]).bfloat16()])

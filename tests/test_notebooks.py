@@ -1,56 +1,78 @@
 """Every notebook runs from top to bottom in a process of its own."""
 
-import os
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import page
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+# Pages of evidence: the library does not rest on them, and what they measure takes long.
+SLOW = {"13_compare", "13a_ablations", "13b_gradients", "16b_stability"}
 LIMIT = 600  # seconds; pages are written to take one minute at most, a busy machine may take longer
 
-RUN = """
-import sys
-from pathlib import Path
-from nbdev.config import get_config
-from nbdev.test import test_nb
 
-passed, seconds = test_nb(Path(sys.argv[1]), skip_flags=get_config().tst_flags.split())
-sys.exit(0 if passed else 1)
-"""
+@pytest.fixture(scope="session")
+def server():
+    "Processes that are forks of one in which the libraries have been imported, and nothing of the project."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(page.LIBRARIES)
+    return context
 
 
 def workplace(notebook, folder):
     "A copy of the notebook beside the files that pages refer to, so that what it writes stays out of the checkout."
     shutil.copy(ROOT / "settings.ini", folder)
-    pages = folder / "nbs"
-    pages.mkdir()
+    copy = folder / "nbs"
+    copy.mkdir()
     for path in (ROOT / "nbs").iterdir():
         if path.is_dir() and path.name[0] not in "._":
-            shutil.copytree(path, pages / path.name)
-    return shutil.copy(notebook, pages)
+            shutil.copytree(path, copy / path.name)
+    return shutil.copy(notebook, copy)
 
 
-def run_notebook(notebook, folder):
-    "Run a notebook in a fresh process; its exit status and everything it printed."
-    search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": search}
-    copy = workplace(notebook, folder)
-    command = [sys.executable, "-c", RUN, str(copy)]
-    process = subprocess.run(
-        command, cwd=Path(copy).parent, env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
-    return process.returncode, process.stdout + process.stderr
+def run_notebook(server, notebook, folder):
+    "Run a notebook in a fresh process: where it failed with the traceback, or nothing."
+    report, printed = folder / "report.txt", folder / "printed.txt"
+    process = server.Process(target=page.serve, args=(workplace(notebook, folder), report, printed, ROOT))
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        return f"{notebook.name} was not done after {LIMIT} s"
+    if process.exitcode or not report.exists():
+        return f"{notebook.name}: its process ended with {process.exitcode}\n{printed.read_text()}"
+    return report.read_text()
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS
+    assert SLOW < {path.stem for path in NOTEBOOKS}
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(notebook, tmp_path):
-    status, printed = run_notebook(notebook, tmp_path)
-    assert status == 0, f"{notebook.name} failed:\n{printed}"
+PAGES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("notebook", PAGES)
+def test_notebook(server, notebook, tmp_path):
+    failed = run_notebook(server, notebook, tmp_path)
+    if failed:
+        pytest.fail(failed, pytrace=False)
+
+
+def test_a_broken_page_says_where(server, tmp_path):
+    "The cell's number, its source, the line, the error."
+    import nbformat
+
+    book = nbformat.read(ROOT / "nbs" / "03_grpo.ipynb", 4)
+    broken = "def half(x):\n    assert x % 2 == 0, f'{x} is odd'\n    return x // 2\n\nhalf(3)"
+    book.cells = [*book.cells[:2], nbformat.v4.new_code_cell(broken)]
+    nbformat.write(book, tmp_path / "03_broken.ipynb")
+    folder = tmp_path / "place"
+    folder.mkdir()
+    failed = run_notebook(server, tmp_path / "03_broken.ipynb", folder)
+    head, *rest = failed.splitlines()
+    assert head == "03_broken.ipynb, cell 2, line 5: AssertionError: 3 is odd"
+    assert "   5  half(3)" in rest and any("line 2, in half" in line for line in rest)
+    assert "execnb" not in failed and "site-packages" not in failed
