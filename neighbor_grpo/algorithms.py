@@ -139,6 +139,8 @@ class Algorithm:
     "T, solver steps of a rollout."
     shift: float = 1.0
     "Time shift of the grid; 3 for SD3; 0: that of the task, where it has one."
+    grid: Literal["even", "scheduler"] = "even"
+    "Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that passes it no sigmas."
     trained_steps: int = 4
     "K, steps trained for each trained candidate."
     train_where: Literal["random", "first", "last"] = "random"
@@ -206,12 +208,15 @@ class Algorithm:
         x, v = (values.unflatten(1, (groups, size)) for values in (path.x, path.v))
         return Rollout(path.ts, x, v, cond, path.nfe + self.scouts * self.scout_steps / size, noisy)
 
+    def times(self, steps: int = 0) -> Tensor:  # (T+1,)
+        "The grid of a rollout, or of another number of steps."
+        return time_grid(steps or self.steps, self.shift, self.grid)
+
     def scout(self, velocity: Velocity, start: Tensor, cond: object, reward: Callable[[Tensor], Tensor]) -> Tensor:
         "`(P, M, *shape) -> (P, G, *shape)`: the starts whose previews are the best and the worst."
         groups, count = start.shape[:2]
         rows = torch.arange(groups).repeat_interleave(count)
-        ts = time_grid(self.scout_steps, self.shift)
-        preview = solve(velocity, start.flatten(0, 1), ts, take(cond, rows), "euler")
+        preview = solve(velocity, start.flatten(0, 1), self.times(self.scout_steps), take(cond, rows), "euler")
         kept = extremes(reward(preview.x[-1].unflatten(0, (groups, count))), self.group_size).to(start.device)
         return start[torch.arange(groups, device=start.device)[:, None], kept]
 
@@ -408,7 +413,7 @@ class NeighborGRPO(Algorithm):
     def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
                iteration: int) -> tuple[Trajectory, None]:
         "Solve the ODE from all starts at once; nothing random is left."
-        return solve(velocity, x, time_grid(self.steps, self.shift), cond, self.method), None
+        return solve(velocity, x, self.times(), cond, self.method), None
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardised, then divided by the quasi-norm; a flat group stays faint."
@@ -508,7 +513,7 @@ class SDEGRPO(Algorithm):
     def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
                iteration: int) -> tuple[Trajectory, Tensor]:
         "Draw every step from its Gaussian, the last one only if asked to."
-        ts, noisy = time_grid(self.steps, self.shift), [True] * (self.steps - 1) + [self.noisy_last_step]
+        ts, noisy = self.times(), [True] * (self.steps - 1) + [self.noisy_last_step]
         path = solve_sde(velocity, x, ts, partial(self.step, t_max=ts[1]), cond, generator, noisy)
         return path, torch.tensor(noisy)[:, None].expand(-1, len(x) // self.group_size)
 
@@ -535,10 +540,11 @@ class SDEGRPO(Algorithm):
         return self.divergence(rollout, states, v, v_old)
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        "(T-1[, P]) each: how far a step's mean moves when the velocity moves by one, and its noise. Never the last."
-        t, t_next, t_max = (a.flatten() for a in torch.broadcast_tensors(ts[:-2], ts[1:-1], ts[1:2]))
+        "(S[, P]) each: how far the mean of a step that can be trained moves when the velocity moves by one, and its noise."
+        first = ts[:len(ts) - 1 - self.steps + self.trainable[1]]
+        t, t_next, t_max = (a.flatten() for a in torch.broadcast_tensors(first, ts[1:len(first) + 1], ts[1:2]))
         mean, std = self.step(torch.zeros_like(t), torch.ones_like(t), t, t_next, t_max)
-        return mean.abs().view_as(ts[:-2]), std.expand_as(mean).view_as(ts[:-2])
+        return mean.abs().view_as(first), std.expand_as(mean).view_as(first)
 
 # %% ../nbs/09_algorithms.ipynb #ee6642d5
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ DEFAULTS = {"digits": dict(iterations=60, lr=2e-4, kl_weight=0.02, ema=0.9), "to
             ("scenes", "neighbor"): dict(sigma=0.15, train_where="first", trained_steps=4, hold_weight=0.03),
             "sd3": LARGE | dict(guidance_scale=4.5, train_guidance_scale=4.5),
             "flux": LARGE | dict(guidance_scale=3.5, train_guidance_scale=3.5, max_sequence_length=512)}
+DEFAULTS |= {("sd3", name): dict(grid="scheduler") for name in ("flow", "tempflow", "nft", "op")}  # as their authors' code
 
 def task_classes(
     task: str,  # a key of TASKS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .algorithms import Algorithm, Rollout, States
-from .flow import Generators, Velocity, denoised, interpolate, randn, require, time_grid
+from .flow import Generators, Velocity, denoised, interpolate, randn, require
 from .grpo import SurrogateStats
 from .neighbors import neighbor_noise
 from .solvers import Trajectory, solve
@@ -69,7 +69,7 @@ class ForwardProcess(Algorithm):
     def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
                iteration: int) -> tuple[Trajectory, None]:
         "Solve the ODE, then noise its samples K times: states at decreasing times, and the sample itself as the last."
-        path = solve(velocity, x, time_grid(self.steps, self.shift), cond, self.method)
+        path = solve(velocity, x, self.times(), cond, self.method)
         x0, count, each = path.x[-1], self.trained_steps, 1 if self.group_noise else self.group_size
         groups = len(x0) // self.group_size
         ts = forward_times(groups, count, self.shift, generator).to(x0)

@@ -32,7 +32,7 @@ def chain(
 # %% ../nbs/09a_mixed.ipynb #5d03dd63
 def check_own_noise(algorithm: SDEGRPO) -> None:
     "Refuse settings that would be ignored where the algorithm itself says which steps are noisy and trained."
-    require(not algorithm.noisy_last_step, "noisy_last_step", True, "False: the last step is always an ODE step")
+    require(not algorithm.noisy_last_step, "noisy_last_step", True, "False: the place of the noise is fixed otherwise")
     require(algorithm.train_where == "random", "train_where", algorithm.train_where, "'random': the noisy steps are trained")
 
 
@@ -51,10 +51,10 @@ class MixGRPO(SDEGRPO):
     "w, steps in the window: the only noisy ones, and all trained; 0 leaves the ODE and nothing to train."
     shared_noise: bool = True
     "Start all candidates of a group from one initial noise."
-    window_moves: Literal["progressive", "random", "frozen"] = "progressive"
-    "The window moves on, back to the start after the last place; is anywhere in each iteration; or stays at the start."
+    window_moves: Literal["progressive", "roll_back", "random", "frozen"] = "progressive"
+    "Moves on and stays at the end; starts again after the end; is anywhere in each iteration; or stays at the start."
     window_every: int = 25
-    "tau, iterations that a progressive window stays at a place."
+    "tau, iterations that a window stays at a place before it moves on."
     window_stride: int = 1
     "s, steps between one place of the window and the next."
     tail_method: Literal["euler", "dpm++2m"] = "euler"
@@ -70,20 +70,21 @@ class MixGRPO(SDEGRPO):
 
     @property
     def trainable(self) -> tuple[int, int]:
-        "An empty window, or all steps but the last."
-        return 0, self.steps - 1
+        "An empty window, or every step that it can hold: the last one if it stays at the end and there is noise there."
+        return 0, self.steps - (self.window_moves != "progressive" or self.sampler == "cps")
 
     def window(self, iteration: int) -> range:
         "The noisy steps of an iteration: the same in all groups, processes and runs."
-        places = range(0, self.steps - self.trained_steps, self.window_stride)  # the last step is never inside
-        turn = dict(frozen=0, progressive=iteration // self.window_every,
-                    random=int(torch.randint(len(places), (), generator=seeded(iteration))))[self.window_moves]
-        left = places[turn % len(places)]
+        last, turn = self.trainable[1] - self.trained_steps, iteration // self.window_every
+        places = range(0, last + 1, self.window_stride)
+        left = dict(progressive=min(self.window_stride * turn, last), roll_back=places[turn % len(places)], frozen=0,
+                    random=places[int(torch.randint(len(places), (), generator=seeded(iteration)))])[self.window_moves]
         return range(left, left + self.trained_steps)
 
-    def grid(self, iteration: int) -> Tensor:
+    def thinned(self, iteration: int) -> Tensor:
         "The times of an iteration: all up to the window's end, then a share of the rest."
-        ts, end = time_grid(self.steps, self.shift or 1.0), self.window(iteration).stop  # as many, whatever the shift
+        ts = time_grid(self.steps, self.shift or 1.0, self.grid)  # as many, whatever the shift
+        end = self.window(iteration).stop
         kept = math.ceil(self.tail_ratio * (self.steps - end) - 1e-9)  # 0.07 * 100 is a little more than 7
         tail = torch.linspace(end, self.steps, kept + 1, dtype=torch.float64).round().long()
         return torch.cat([ts[:end], ts[tail]])
@@ -91,7 +92,7 @@ class MixGRPO(SDEGRPO):
     def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
                iteration: int) -> tuple[Trajectory, Tensor]:
         "Euler steps to the window, Gaussian steps in it, `tail_method` after it."
-        ts, window, paths = self.grid(iteration), self.window(iteration), []
+        ts, window, paths = self.thinned(iteration), self.window(iteration), []
         step = partial(self.step, t_max=ts[1])  # ts[1] stands for t = 1
         for first, last, method in ((0, window.start, "euler"), (window.start, window.stop, None),
                                     (window.stop, len(ts) - 1, self.tail_method)):
@@ -108,12 +109,12 @@ class MixGRPO(SDEGRPO):
 
     def step_weights(self, ts: Tensor) -> Tensor:
         "Weights of the steps of the whole grid, so that a thinner tail does not change those in the window."
-        return super().step_weights(time_grid(self.steps, self.shift).to(ts))
+        return super().step_weights(self.times().to(ts))
 
     @property
     def nfe_old(self) -> float:
         "Evaluations without gradient, per sample, in iteration 0. The thinned tail shrinks as the window moves on."
-        return super().nfe_old - self.steps + len(self.grid(0)) - 1
+        return super().nfe_old - self.steps + len(self.thinned(0)) - 1
 
 # %% ../nbs/09a_mixed.ipynb #4fde4ab7
 @dataclass(frozen=True)
@@ -127,9 +128,11 @@ class MixGRPOFlash(MixGRPO):
 
 @dataclass(frozen=True)
 class MixGRPOFlashStar(MixGRPOFlash):
-    "MixGRPO-Flash* (arXiv 2507.21802): Flash with the window frozen at the start, where the thinned tail is longest."
-    window_moves: Literal["progressive", "random", "frozen"] = "frozen"
-    "The window moves on, back to the start after the last place; is anywhere in each iteration; or stays at the start."
+    "MixGRPO-Flash* (arXiv 2507.21802): the window frozen at the start, and four steps after it: eight evaluations."
+    window_moves: Literal["progressive", "roll_back", "random", "frozen"] = "frozen"
+    "Moves on and stays at the end; starts again after the end; is anywhere in each iteration; or stays at the start."
+    tail_ratio: float = 0.19
+    "r, share of the steps after the window that is kept, in (0, 1]; .19 of 21 steps are the paper's 4, its script has .2."
 
 # %% ../nbs/09a_mixed.ipynb #9b22e498
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class TempFlowGRPO(SDEGRPO):
     def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
                iteration: int) -> tuple[Trajectory, Tensor]:
         "Every group branches at a step of its own; before that, one row is evaluated for all its candidates."
-        ts, rows = time_grid(self.steps, self.shift).to(x), torch.arange(len(x)).view(-1, self.group_size)
+        ts, rows = self.times().to(x), torch.arange(len(x)).view(-1, self.group_size)
         branch = sample_subsets(len(rows), self.steps - 1, 1, generator)  # (P, 1), never the last step
         noise, xs, vs, count = randn(x.shape, generator, x.device, x.dtype), [x], [], 0
         for k, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):

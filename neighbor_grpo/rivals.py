@@ -137,8 +137,8 @@ class TMPO(SDEGRPO):
         log_p = self.log_prob(rollout, states, v).view(shape).sum(2).log_softmax(1)
         log_q = self.weigh(advantages, states).view(shape)[..., 0].log_softmax(1)
         if stats is not None: stats.entropy.append(-(log_p.detach().exp() * log_p.detach()).sum(1).mean())
-        if self.match == "cross": return self.group_size * (log_q.exp() * log_p).sum()
-        return -(log_p - log_q).square().sum() / 2
+        value = self.group_size * (log_q.exp() * log_p) if self.match == "cross" else -(log_p - log_q).square() / 2
+        return self.trained_steps * value.sum()  # so that the loss is a mean over trajectories, not over their steps
 
 # %% ../nbs/09c_rivals.ipynb #e9266b3e
 ALGORITHMS = {

@@ -77,8 +77,8 @@ def moved_network(seed=0, by=0.03):
 # --- the window ---
 
 
-def test_progressive_window_moves_on_and_starts_again():
-    algorithm = MixGRPO(steps=8, trained_steps=3, window_every=2)
+def test_a_window_that_rolls_back_starts_again():
+    algorithm = MixGRPO(steps=8, trained_steps=3, window_every=2, window_moves="roll_back")
     lefts = [algorithm.window(i).start for i in range(14)]
     assert lefts == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 0, 0, 1, 1]
     assert all(len(algorithm.window(i)) == 3 and algorithm.window(i).stop <= 7 for i in range(14))
@@ -133,17 +133,17 @@ def test_grid_keeps_its_own_times(steps, data):
     width, ratio = data.draw(st.integers(0, steps - 1)), data.draw(st.floats(0.001, 1))
     algorithm = MixGRPO(steps=steps, trained_steps=width, tail_ratio=ratio, window_moves="random", shift=3.0)
     iteration, full = data.draw(st.integers(0, 500)), time_grid(steps, 3.0)
-    ts, end = algorithm.grid(iteration), algorithm.window(iteration).stop
+    ts, end = algorithm.thinned(iteration), algorithm.window(iteration).stop
     assert torch.equal(ts[: end + 1], full[: end + 1]) and ts[-1] == 0
     assert (ts[1:] < ts[:-1]).all() and torch.isin(ts, full).all()
     rest = steps - end
     assert len(ts) - 1 - end == max(1, math.ceil(ratio * rest - 1e-9)) <= rest
-    assert torch.equal(replace(algorithm, tail_ratio=1.0).grid(iteration), full)
+    assert torch.equal(replace(algorithm, tail_ratio=1.0).thinned(iteration), full)
 
 
 def test_a_ratio_is_not_rounded_up_by_its_last_bit():
     assert 0.07 * 100 > 7
-    assert len(MixGRPO(steps=101, trained_steps=1, window_moves="frozen", tail_ratio=0.07).grid(0)) - 1 == 1 + 7
+    assert len(MixGRPO(steps=101, trained_steps=1, window_moves="frozen", tail_ratio=0.07).thinned(0)) - 1 == 1 + 7
     assert MixGRPOFlash().nfe_old == 4 + math.ceil(0.4 * 21) == 13
 
 
@@ -285,7 +285,7 @@ def test_evaluations_are_those_reported(algorithm, kl_weight):
         rollout, advantages = collect(algorithm, velocity, iteration=iteration)
         assert velocity.plain == round(samples * rollout.nfe) and velocity.gradient == 0
         if isinstance(algorithm, MixGRPO):
-            assert rollout.nfe == len(algorithm.grid(iteration)) - 1 == len(rollout.v)
+            assert rollout.nfe == len(algorithm.thinned(iteration)) - 1 == len(rollout.v)
             assert iteration > 0 or rollout.nfe == algorithm.nfe_old
         total_loss(algorithm, velocity, rollout, advantages, reference=reference)
         assert velocity.gradient == pytest.approx(samples * algorithm.nfe_theta)
@@ -419,7 +419,7 @@ def test_one_evaluation_gives_the_gradient_of_all_branches(clip_range, more):
 # --- time weights, and samplers ---
 
 
-@pytest.mark.parametrize("algorithm", [MIX, FLASH, TEMP])
+@pytest.mark.parametrize("algorithm", [*(replace(a, window_moves="roll_back") for a in (MIX, FLASH)), TEMP])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_time_weights_are_those_of_the_papers(algorithm, shift):
     ts = time_grid(algorithm.steps, shift).double()
@@ -433,8 +433,8 @@ def test_time_weights_are_those_of_the_papers(algorithm, shift):
         got = weighted.step_weights(rollout.ts)
         assert (got - weight).abs().max() < 1e-12
     k = FLASH.window(0).stop
-    assert len(FLASH.grid(0)) < len(MIX.grid(0))
-    both = [replace(a, time_weight="noise").step_weights(a.grid(0))[:k] for a in (MIX, FLASH)]
+    assert len(FLASH.thinned(0)) < len(MIX.thinned(0))
+    both = [replace(a, time_weight="noise").step_weights(a.thinned(0))[:k] for a in (MIX, FLASH)]
     assert torch.equal(*both)  # a thinner tail leaves the window's weights alone
 
 

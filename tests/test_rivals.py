@@ -228,7 +228,7 @@ def flat_match(algorithm, velocity, rollout, advantages):
             total = total + algorithm.group_size * (q * p.log()).sum()
         else:
             total = total - (p.log() - q.log()).square().sum() / 2
-    return -total / (rollout.x.shape[1] * algorithm.group_size * len(steps))
+    return -total / (rollout.x.shape[1] * algorithm.group_size)  # a mean over the trajectories
 
 
 @pytest.mark.parametrize("match", ["balance", "cross"])
@@ -251,13 +251,13 @@ def test_matching_against_loops(match, settings):
         assert (gradients(network) - gradient).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize(("match", "coefficient"), [("cross", lambda p, q: 6 * (q - p)), ("balance", None)])
+@pytest.mark.parametrize(("match", "coefficient"), [("cross", lambda p, q: 3 * 6 * (q - p)), ("balance", None)])
 def test_the_pull_on_a_trajectory(match, coefficient):
     if coefficient is None:  # derivative of the squared differences of log-softmaxes
 
         def coefficient(p, q):
             residual = p.log() - q.log()
-            return p * residual.sum(1, keepdim=True) - residual
+            return 3 * (p * residual.sum(1, keepdim=True) - residual)  # K, as the loss divides by K times the leaves
 
     algorithm = replace(MATCH, match=match)
     rollout, logits = collect(algorithm, PointwiseVelocity()), algorithm.advantages(rewards_of())
