@@ -205,7 +205,12 @@ CALLS = [
     (lambda: SD3Settings(guidance_scale=0.0), "guidance_scale", "0.0", ">= 1"),
     (lambda: SD3Settings(train_guidance_scale=math.nan), "train_guidance_scale", "nan", "a finite number"),
     (lambda: SD3Settings(gradient_checkpointing=1), "gradient_checkpointing", "1", "True or False"),
-    (lambda: SD3Policy(tiny_sd3().transformer, SD3Settings(guidance_scale=2.0)), "negative", "is needed", "empty prompt"),
+    (
+        lambda: SD3Policy(tiny_sd3().transformer, SD3Settings(guidance_scale=2.0)),
+        "negative",
+        "is needed",
+        "empty prompt",
+    ),
     (lambda: SD3Policy(tiny_sd3().transformer, SD3Settings(4, lora_dual=True)), "lora_dual", "True", "no dual"),
     (lambda: SD3Policy(tiny_sd3().transformer)(x, x, dict(embeds=x[:2], pooled=x)), "cond", "2 rows", "of 3 rows"),
     (lambda: open_pipeline("/nowhere/at/all"), "source", "'/nowhere/at/all'", "a folder with"),
