@@ -29,7 +29,8 @@ def require(
     allowed: str,  # what is allowed, in words
 ) -> None:
     "Raise a `ValueError` that names the argument, its value and what is allowed, unless `condition` holds."
-    if not condition: raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    if condition: return
+    raise ValueError(f"{name} is needed: {allowed}" if value is None else f"{name} must be {allowed}, got {value!r}")
 
 # %% ../nbs/00_flow.ipynb #8a3a8456
 def seeded(
