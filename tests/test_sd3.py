@@ -89,6 +89,14 @@ def sample(policy, pipeline, noise):
     return decode(pipeline, solve(policy, noise, ts, encode_prompts(pipeline, PROMPTS, 12), "euler").x[-1])
 
 
+# Of velocities of order one. Layers with and without a gradient take different products of matrices, of 100 terms.
+ROUNDING = 1e-5
+
+
+def apart(a, b):
+    return (a - b).abs().max().item()
+
+
 class Spy(nn.Module):
     "A transformer that remembers what it was given."
 
@@ -310,8 +318,7 @@ def test_velocity_is_the_transformers_at_a_thousand_times_t(dual, rank):
     policy = make(pipeline, dual, rank)
     x, t, cond = inputs(pipeline)
     expected = pipeline.transformer(x, cond["embeds"], cond["pooled"], 1000 * t).sample
-    assert torch.equal(policy(x, t, cond), expected)
-    assert not torch.equal(policy(x, t / 2, cond), expected)
+    assert apart(policy(x, t, cond), expected) < ROUNDING < 1e-3 < apart(policy(x, t / 2, cond), expected)
 
 
 @KINDS
@@ -386,7 +393,7 @@ def test_the_reference_has_the_guidance_of_the_trained_steps(rank):
     reference, (x, t, cond) = policy.reference(), inputs(pipeline)
     expected = policy(x, t, cond)
     with torch.no_grad():
-        assert torch.equal(reference(x, t, cond), expected) and not torch.equal(policy(x, t, cond), expected)
+        assert apart(reference(x, t, cond), expected) < ROUNDING < 1e-3 < apart(policy(x, t, cond), expected)
 
 
 def test_the_empty_prompt_is_no_part_of_the_weights():
@@ -503,7 +510,8 @@ def test_the_gradient_is_the_same_if_the_reference_is_asked_in_between():
         (v - (v_reference if between else target)).square().mean().backward()
         return torch.cat([weight.grad.flatten() for weight in trained(policy).values()])
 
-    assert torch.equal(gradient(True), gradient(False))
+    between, apart_from_it = gradient(True), gradient(False)
+    assert (between - apart_from_it).norm() < 1e-4 * between.norm()  # a mean of differences that are not small
 
 
 def test_a_full_reference_does_not_follow_the_policy():
@@ -512,7 +520,8 @@ def test_a_full_reference_does_not_follow_the_policy():
     reference, (x, t, cond) = policy.reference(), inputs(pipeline)
     before = policy(x, t, cond)
     move(policy)
-    assert torch.equal(reference(x, t, cond), before) and not trained(reference)
+    assert apart(reference(x, t, cond), before) < ROUNDING < 1e-3 < apart(policy(x, t, cond), before)
+    assert not trained(reference)
     assert reference.state_dict().keys() == policy.state_dict().keys()
 
 
