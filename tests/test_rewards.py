@@ -405,7 +405,8 @@ def test_prompts_differ_by_what_they_mean(judges):
     "Entities, broken encodings, quotes and capitals make no difference to HPS; words do."
     same = ["\u201cSch\u00f6n\u201d &amp;amp; red", '"sch\u00f6n" & RED', '  "sch\u00c3\u00b6n"\n &amp; red ']
     scores = judges["hps"]([PICTURES["odd"]] * 4, [*same, '"sch\u00f6n" and red'])
-    assert scores[0] == scores[1] == scores[2] != scores[3]
+    # Rows of one product of matrices, which may be computed in different ways: rounding of cosines.
+    assert (scores[:3] - scores[0]).abs().max() < 1e-5 < 1e-3 < (scores[3] - scores[0]).abs()
 
 
 # --- what goes in and comes out ---
@@ -705,7 +706,8 @@ def test_remote_equals_local(judges):
         with RewardServer(judge) as server:
             remote = RemoteReward(server.url)
             for given, prompts in ((images, PROMPTS[:5]), (LISTED[:6], PROMPTS[:6])):
-                assert torch.equal(remote(given, prompts), judge(given, prompts))
+                rounding = 1e-5 if judge is judges["hps"] else 0  # a thread may share its products with others
+                assert (remote(given, prompts) - judge(given, prompts)).abs().max() <= rounding
 
 
 class FaultyServer(ThreadingHTTPServer):
