@@ -295,8 +295,9 @@ def test_a_teacher_is_copied_with_its_guidance():
     teacher = with_networks(make_pipeline(1), copy.deepcopy(networks_of(pipeline)))
     loss = lambda scale: scene_loss(pipeline, latents, texts, seeded(3), teacher, scale)
     with torch.no_grad():
-        assert loss(1.0) == 0
         gaps = [loss(scale) for scale in (0.0, 2.0, 3.0)]
+        # Teacher and pupil take other products of matrices where one needs a gradient: squares of rounding.
+        assert loss(1.0) < 1e-8 * gaps[0]
         asked, never = loss(2.0), scene_loss(pipeline, latents, [""] * 8, seeded(3), teacher, 2.0)
     assert (
         gaps[0] > 0

@@ -176,7 +176,8 @@ def test_what_follows_the_end_is_the_same_too(host, networks, whole, tmp_path):
 def test_an_ordinary_process_is_killed_and_resumed(host, networks, whole, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(networks, folder)
-    code = "import sys; from neighbor_grpo.cli import main; sys.exit(main())"
+    # With one thread, as the runs that it is compared with: two threads add in another order.
+    code = "import sys, torch; from neighbor_grpo.cli import main; torch.set_num_threads(1); sys.exit(main())"
     process = subprocess.Popen([sys.executable, "-c", code, *train(folder)])
     wait_for(lambda: rows(folder) >= 4)
     process.kill()
