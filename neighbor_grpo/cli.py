@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'LARGE', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_BYTES', 'MAX_D
            'flat_config', 'read_recipe', 'listed', 'overviews', 'train_parser', 'pick', 'first_free', 'read_command',
            'introduce', 'report', 'print_figures', 'make_task', 'launched', 'train', 'load_run', 'run_folder',
            'evaluate', 'sample', 'save', 'bench_model', 'bench', 'read_variant', 'study_parser', 'read_file',
-           'read_study', 'compare', 'pretrain', 'serve', 'overview', 'main']
+           'read_study', 'compare', 'pretrain', 'serve', 'overview', 'draw_into_files', 'main']
 
 # %% ../nbs/19_launch.ipynb #72081725
 import argparse
@@ -28,8 +28,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
+import matplotlib
 import torch
 import torch.distributed as dist
 import yaml
@@ -378,14 +380,18 @@ def launched(
     values: Namespace,  # of the command line
 ) -> Iterator[tuple]:  # `split` for the trainer, or None; what makes a callback for it
     "Join the processes that `accelerate launch` or torchrun started, and open the trackers; nothing where there is neither."
-    asked = int(os.environ.get("WORLD_SIZE", 1)) > 1 or "MASTER_ADDR" in os.environ
-    require(values.out is not None or not asked, "--out", values.out, "a folder that all processes know")
-    if not asked and not values.trackers:
-        yield None, lambda trainer: nullcontext()
+    several = (os.environ.get("WORLD_SIZE") or "1") != "1"
+    allowed = "a folder that all processes know: WORLD_SIZE in the environment announces several"
+    require(values.out is not None or not several, "--out", values.out, allowed)
+    settings = any(name == "MASTER_ADDR" or name.startswith("ACCELERATE_") for name in os.environ)
+    untracked = lambda trainer: nullcontext()
+    if not several and not settings and not values.trackers:
+        yield None, untracked
         return
     distributed = importlib.import_module("neighbor_grpo.distributed")
     accelerator = distributed.make_accelerator(out, values.trackers)
-    try: yield distributed.splitter(accelerator), lambda trainer: distributed.Tracking(accelerator, trainer)
+    tracked = lambda trainer: distributed.Tracking(accelerator, trainer)
+    try: yield distributed.splitter(accelerator), tracked if values.trackers else untracked
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
@@ -664,6 +670,13 @@ def overview() -> str:
     return "\n\n".join([usage, listed("commands", commands), tasks, recipes, listed("options", options)])
 
 
+def draw_into_files() -> None:
+    "Leave the drawing backend of a notebook aside where this environment lacks it."
+    backend = os.environ.get("MPLBACKEND", "")
+    if backend.startswith("module://") and find_spec(backend[9:].split(".")[0]) is None:
+        os.environ["MPLBACKEND"] = matplotlib.rcParams["backend"] = "agg"
+
+
 def main(
     argv: Sequence[str] | None = None,  # None: of the process
 ) -> int:  # exit status: 0 only when the job was done
@@ -676,6 +689,7 @@ def main(
     if name in (None, "-h", "--help", "--version"): return int(name is None)
     try:
         require(name in COMMANDS, "command", name, f"one of {', '.join(COMMANDS)} (usage: neighbor-grpo COMMAND [--help])")
+        draw_into_files()
         COMMANDS[name](rest)
         return 0
     except SystemExit as e: return e.code or 0  # after --help

@@ -102,7 +102,9 @@ def choose_device(
     anyway = "or add --min_memory 0 to try it as it is"
     if not name:
         number = int(os.environ.get("LOCAL_RANK", 0))
-        name = f"cuda:{number}" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        name = "cpu" if cpu else f"cuda:{number}" if cuda else "mps" if mps else "cpu"
     try: device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device must be one that PyTorch finds here, got {name!r}: {e}") from e
     if min_memory and device.type != "cuda":

@@ -119,8 +119,8 @@ def step_response(
 ) -> Tensor:  # (T,) negative
     "`d x_{k+1} / d v_k`, how far each step's end moves when the velocity at its start moves by one."
     require(method in METHODS and method != "heun", "method", method, "euler, dpm++2m or ab2: one evaluation a step")
-    ts = check_grid(ts)
-    dt, clock = ts[1:] - ts[:-1], ts.double() if method == "ab2" else ((1 - ts.double()) / ts.double()).log()
+    grid = torch.tensor(check_grid(ts).tolist(), dtype=torch.float64)  # on the CPU: MPS has none
+    dt, clock = ts[1:] - ts[:-1], grid if method == "ab2" else ((1 - grid) / grid).log()
     ratio = torch.zeros_like(clock[1:])
     if method != "euler": ratio[1:] = clock[1:].diff() / clock[:-1].diff()
     return dt * (1 + ratio.where(ratio.isfinite(), 0) / 2).to(dt)  # steps at an infinite log-SNR are Euler steps

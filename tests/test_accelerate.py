@@ -405,7 +405,7 @@ ENVIRONMENTS = [
     ({"ACCELERATE_USE_FSDP": "true"}, ("fsdp_version", "'1'", "2")),
     (
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
-        ("fsdp_offload_params", "True", "false"),
+        ("fsdp_offload_params", "'true'", "false"),
     ),
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, ("mixed_precision", "'bf16'", "'no'")),
 ]
@@ -433,7 +433,7 @@ def test_fewer_processes_than_announced_are_refused(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_world(2)
-    with pytest.raises(ValueError, match="processes must be 2, as WORLD_SIZE announces, got 1"):
+    with pytest.raises(ValueError, match="processes must be 2, as WORLD_SIZE announces.* got 1"):
         check_world(1)
 
 
