@@ -639,11 +639,11 @@ def pretrain(
 def serve(
     argv: Sequence[str],  # --rewards TEXT [--host NAME] [--port N] [--device NAME]
 ) -> None:
-    "Judge images for runs on other machines, over HTTP; without a password, so only where strangers cannot reach it."
+    "Judge images for runs on other machines, over HTTP; NEIGHBOR_GRPO_TOKEN keeps strangers out."
     rewards = importlib.import_module("neighbor_grpo.rewards")
     parser = Parser(prog="neighbor-grpo serve", description=serve.__doc__)
     parser.add_argument("--rewards", help="[WEIGHT*]NAME[@SOURCE], with commas between them; several are added up.")
-    parser.add_argument("--host", default="127.0.0.1", help="Whom to listen to: this machine alone, or 0.0.0.0 for all.")
+    parser.add_argument("--host", default="127.0.0.1", help="Whom to listen to: this machine alone, or 0.0.0.0 or :: for all.")
     parser.add_argument("--port", type=int, default=8000, help="Where; 0: any that is free.")
     parser.add_argument("--device", default="", help="Of the judges' networks; without it the accelerator if there is one.")
     v = parser.parse_args(list(argv))
@@ -651,10 +651,10 @@ def serve(
     require(0 <= v.port <= 65535, "--port", v.port, "in [0, 65535]")
     device = v.device or ("cuda" if torch.cuda.is_available() else "cpu")
     judge = rewards.Rewards(*rewards.make_rewards(v.rewards, device), total=True)
-    server = rewards.RewardServer(judge, v.host, v.port)
+    server = rewards.RewardServer(judge, v.host, v.port, names=rewards.reward_names(v.rewards))
     print(f"{v.rewards} at {server.url}", flush=True)
     try: server.serve_forever()
-    finally: server.server_close()
+    finally: server.close()
 
 # %% ../nbs/19_launch.ipynb #074f1b1a
 COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "save": save, "compare": compare, "bench": bench,

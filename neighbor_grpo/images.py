@@ -31,7 +31,7 @@ from .algorithms import take
 from .flow import Velocity, randn, require, seeded, time_grid
 from .flux import FLUX, SD3, Family
 from .prompts import OWN, read_prompts
-from .rewards import Rewards, make_rewards, parse_rewards
+from .rewards import Rewards, make_rewards, parse_rewards, reward_names
 from .sd3 import (SD3Settings, WithoutAdapters, count_cut, decode, encode_prompts, open_pipeline,
                                save_policy, tile)
 from .solvers import solve
@@ -256,7 +256,7 @@ class ImagesTask:
         train, held = split_prompts(s)
         self.device = choose_device(s.device, s.min_memory)
         judges, weights = make_rewards(s.rewards, self.device)  # in float32: a group's scores differ in the third digit
-        self.names, self.judge = [name for _, name, _ in parse_rewards(s.rewards)], Rewards(judges, weights, s.combine == "rewards")
+        self.names, self.judge = reward_names(s.rewards), Rewards(judges, weights, s.combine == "rewards")
         self.reward_weights = None if self.judge.total else weights
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
         self.pipeline, self.cond = open_encoded(s, self.family, [*self.texts, ""], folder, self.device, progress)

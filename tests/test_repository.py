@@ -20,7 +20,7 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(path for path in LIBRARY.glob("*.py") if not path.stem.startswith("_"))
 
 # Modules of the larger rungs, which are imported only when they are asked for, and may need what extras install.
-LARGE = {"cost", "distributed", "flux", "images", "miniature", "rewards", "sd3"}
+LARGE = {"cost", "distributed", "flux", "images", "miniature", "remote", "rewards", "sd3"}
 # What takes seconds to import, or what a plain install does not bring: the other modules must not even try.
 FORBIDDEN = (
     "diffusers transformers peft accelerate torchvision torchaudio sentencepiece ftfy open_clip hpsv2 "
