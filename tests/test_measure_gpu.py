@@ -62,6 +62,7 @@ def test_every_part_leaves_its_result(folder):
     assert all(row["timed"] >= 1 and row["seconds"] > 0 and row["rate"] > 0 and 0 < row["decoding"] < 1 for row in rows)
     assert all(0 < row["outside"] < 1 and 0 <= row["optimizer"] < 1 and row["memory"] is None for row in rows)
     assert parts["check"]["values"]["identical"] and parts["states-512"]["values"] == {"with": 5, "without": 5}
+    assert parts["states-512"]["note"] == "5 or more without checkpointing, 5 or more with checkpointing"
 
 
 def test_page_shows_every_table(folder, tmp_path):

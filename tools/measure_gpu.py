@@ -1,4 +1,4 @@
-"""Measure a GPU with random weights, in nine minutes: one table, with JSON beside it.
+r"""Measure a GPU with random weights, in nine minutes: one table, with JSON beside it.
 
     python tools/measure_gpu.py --out nbs/results/gpu
 
@@ -17,9 +17,10 @@ what is missing. `--device cpu --tiny` runs all parts at a tiny size, to try the
 
 Nothing is downloaded: no weights, no tokenizers. A machine without a network needs PyTorch with CUDA and what the
 library imports: diffusers, transformers, peft, accelerate, safetensors, scikit-learn, scipy, matplotlib, numpy, pillow,
-pyyaml, tqdm, filelock. What it lacks can be brought along as wheels, and nothing has to be installed:
+requests, tenacity, pyyaml, tqdm, filelock. What it lacks can be brought along as wheels, without an installation:
 
-    pip download --no-deps -d wheels diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 importlib-metadata
+    pip download --no-deps -d wheels diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 \
+        importlib-metadata==8.7.0 tenacity
     pip install --no-index --no-deps --target site wheels/*.whl         # on the machine
     PYTHONPATH=site python tools/measure_gpu.py --out nbs/results/gpu
 """
@@ -231,28 +232,24 @@ def micro_batches(device, seconds, report, known, model, pixels, most=256, **set
     from neighbor_grpo.cost import RandomTask, gradient_fits, largest_fit
     from neighbor_grpo.sd3 import SD3Settings
 
-    end, values = time.time() + seconds, {}
-    for again in (True, False):
-        task = RandomTask(
-            model,
-            pixels,
-            pixels,
-            SD3Settings(guidance_scale=4.5, train_guidance_scale=4.5, gradient_checkpointing=again, **settings),
-            device,
-        )
-        begun = []
+    end, values, shown = time.time() + seconds, {}, {}
+    for name, again in (("without", False), ("with", True)):
+        more = dict(guidance_scale=4.5, train_guidance_scale=4.5, gradient_checkpointing=again)
+        task, took, late = RandomTask(model, pixels, pixels, SD3Settings(**more, **settings), device), [0.0], []
 
-        def fits(count, task=task, begun=begun):  # what there is no time to try counts as too much
-            begun.append(time.time())
-            took = begun[-1] - begun[-2] if len(begun) > 1 else 0
-            return time.time() + 2 * took < end and gradient_fits(task, count)
+        def fits(count, task=task, took=took, late=late):  # what there is no time to try counts as too much
+            start = time.time()
+            if start + 3 * took[-1] > end:
+                return bool(late.append(count))
+            fitted = gradient_fits(task, count)
+            took.append(time.time() - start)
+            return fitted
 
-        values["with" if again else "without"] = largest_fit(fits, most)
-        late = "" if time.time() < end else " or more"
-        note = ", ".join(f"{count} {name} checkpointing" for name, count in values.items()) + late
-        report(note=note, values=values)
+        values[name] = largest_fit(fits, most)
+        shown[name] = f"{values[name]}{' or more' * bool(late or values[name] == most)} {name} checkpointing"
+        report(note=", ".join(shown.values()), values=values)
         del task, fits
-    return dict(note=note, values=values)
+    return dict(note=", ".join(shown.values()), values=values)
 
 
 # --- which parts there are ---
@@ -410,7 +407,7 @@ def render(channel, table):
 def ask(context, target, *arguments, seconds, keep=lambda found: None):
     "Run a function in a process of its own; what it sent, or what became of it."
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    process = context.Process(target=target, args=(theirs, *arguments))
     found, end = {}, time.monotonic() + seconds
     process.start()
     theirs.close()
@@ -550,9 +547,11 @@ def main(argv=None):
         found = measure(context, part, table, options, left(), keep)
         keep(table)
         print(f"{part.name}: {found['status']}, {found['seconds']:.0f} s {found['note']}", file=sys.stderr, flush=True)
-    text = ask(context, render, ordered(table, parts()), seconds=60)["text"]
-    write(path.with_suffix(".md"), text + "\n")
-    print(text)
+    made = ask(context, render, ordered(table, parts()), seconds=60)
+    if "text" not in made:
+        raise SystemExit(f"{path} is written, but its Markdown is not: {made['status']}")
+    write(path.with_suffix(".md"), made["text"] + "\n")
+    print(made["text"])
 
 
 if __name__ == "__main__":
