@@ -6,8 +6,10 @@ import time
 import traceback
 from pathlib import Path
 
-# What nearly every page imports; a server imports it once, and each page runs in a fork of that server.
-LIBRARIES = ["torch", "matplotlib.pyplot", "scipy.stats", "IPython.display", "execnb.shell", "nbdev.process"]
+# What many pages import; a server imports it once, and each page runs in a fork of that server.
+LIBRARIES = ["torch", "matplotlib.pyplot", "scipy.stats", "sklearn.datasets", "IPython.display", "execnb.shell"]
+LIBRARIES += ["nbdev.process", "accelerate", "peft", "diffusers.pipelines.flux.pipeline_flux"]
+LIBRARIES += ["diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"]
 
 
 def code_cells(page):
