@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 # Evidence that the library does not rest on, and that takes long to gather.
-SLOW = {"13b_gradients"}
+SLOW = {"13b_gradients", "16b_stability"}
 LIMIT = 600  # seconds; pages are written to take one minute at most, a busy machine may take longer
 
 
