@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AXES', 'Variant', 'Study', 'cost', 'positions', 'progress_of', 'machine', 'time_variants', 'rates', 'saved_rows',
-           'pretrain', 'train_run', 'read_at', 'interval', 'by_run', 'table', 'against', 'write_csv', 'read_csv',
-           'number', 'title_of', 'verdict', 'to_markdown', 'plot_curves', 'write_results', 'in_processes', 'claim',
-           'read_timing', 'shares', 'prepare', 'train_all', 'curves', 'run_study']
+           'pretrain', 'train_run', 'train_held', 'read_at', 'interval', 'by_run', 'table', 'against', 'write_csv',
+           'read_csv', 'number', 'title_of', 'verdict', 'to_markdown', 'plot_curves', 'write_results', 'in_processes',
+           'claim', 'read_timing', 'shares', 'prepare', 'train_all', 'curves', 'run_study']
 
 # %% ../nbs/13_compare.ipynb #fc33c263
 import csv
@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import platform
-import shutil
 import signal
 import statistics
 import threading
@@ -29,14 +28,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from filelock import FileLock, Timeout
 from scipy.stats import t as student
 from tqdm.auto import tqdm
 
 from .algorithms import Algorithm
 from .flow import require
-from .training import (Checkpoints, Task, Trainer, TrainSettings, check_config, open_run, read_config,
-                                    read_rows, run_config, write_atomically)
+from .folder import (Checkpoints, check_config, held, make_folder, open_run, read_config, read_rows,
+                                  write_atomically, write_config)
+from .training import Task, Trainer, TrainSettings, run_config, save_picture
 
 # %% ../nbs/13_compare.ipynb #55fdd2ab
 AXES = {"iterations": "iterations", "evaluations": "forward-equivalents", "seconds": "seconds"}
@@ -155,7 +154,8 @@ def saved_rows(
     "The rows of a run up to its newest checkpoint; any that follow will be made again."
     last = max(Checkpoints(folder / "checkpoints").numbers(), default=-1)
     files = (folder / "metrics.jsonl", folder / "eval.jsonl")
-    return tuple([row for row in read_rows(file) if row["iteration"] <= last] for file in files)
+    rows, evals = ([row for row in read_rows(file) if row["iteration"] <= last] for file in files)
+    return rows, [{k: math.nan if v is None else v for k, v in row.items()} for row in evals]
 
 
 def pretrain(
@@ -179,10 +179,20 @@ def train_run(
     folder: Path,  # of the run
 ) -> None:
     "Train until all budgets are reached, from the newest checkpoint if there is one."
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in pretrained.glob("*.safetensors"):
-        shutil.copy(file, folder / ".copy")
-        os.replace(folder / ".copy", folder / file.name)
+    with held(folder):
+        for file in pretrained.glob("*.safetensors"): write_atomically(folder / file.name, file.read_bytes())
+        train_held(report, study, variant, seed, rate, folder)
+
+
+def train_held(
+    report: Callable[[object], None],  # is told how far the run is
+    study: Study,
+    variant: Variant,
+    seed: int,
+    rate: float,  # seconds for each forward-equivalent
+    folder: Path,  # of the run, with the networks of its seed
+) -> None:
+    "The same, in a folder that this process holds."
     task, settings = study.make_task(folder=folder, seed=seed, progress=False), replace(variant.settings, seed=seed)
     resume = (folder / "config.json").exists()
     trainer = Trainer(task, variant.algorithm, settings, folder, resume, study.about)
@@ -192,7 +202,7 @@ def train_run(
         trainer.settings = replace(settings, iterations=end)  # from one evaluation to the next
         trainer.run(progress=False)
     report(1.0)
-    open_run(folder, run_config(variant.algorithm, trainer.settings, **study.about), resume=True)
+    with open_run(folder, run_config(variant.algorithm, trainer.settings, **study.about), resume=True): pass
 
 # %% ../nbs/13_compare.ipynb #d0c27661
 def read_at(
@@ -359,8 +369,7 @@ def plot_curves(
         for axis in column: axis.set_xlim(0, (limits or {}).get(key))
     picture.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8, frameon=False)
     if path is None: return
-    picture.savefig(path, dpi=100)
-    plt.close(picture)
+    save_picture(picture, path)
 
 
 def write_results(
@@ -438,8 +447,8 @@ def claim(
         for name in sides.keys() & old["variants"].keys():
             try: check_config(old["variants"][name], sides[name], free)
             except ValueError as e: raise ValueError(f"variant {name}: {e}") from e
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(config, indent=1))
+    make_folder(out)
+    write_config(out, config)
 
 # %% ../nbs/13_compare.ipynb #d81960d8
 def read_timing(out: Path) -> dict[str, dict]:
@@ -515,10 +524,8 @@ def run_study(
     require(isinstance(jobs, int) and jobs >= 1, "jobs", jobs, "an integer >= 1")
     out = Path(out)
     claim(study, out)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            prepare(study, out, jobs)
-            failed = train_all(study, out, jobs, progress)
-            write_results(curves(study, out), study.budgets, study.target, out)
-    except Timeout as e: raise ValueError(f"out must be a folder that no other process works in, got {str(out)!r}") from e
+    with held(out):
+        prepare(study, out, jobs)
+        failed = train_all(study, out, jobs, progress)
+        write_results(curves(study, out), study.budgets, study.target, out)
     return failed

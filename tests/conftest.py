@@ -26,6 +26,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    "Nobody cuts the power during a test; those that ask for it see to it themselves."
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def generator():
     "A seeded generator, for functions that ask for one."

@@ -38,7 +38,7 @@ def run_folder(tmp_path_factory):
 def test_train_leaves_a_complete_run_folder(run_folder):
     folder, process = run_folder
     names = {path.name for path in folder.iterdir()}
-    expected = {"config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "reward.png", "samples.png"}
+    expected = {".lock", "config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "reward.png", "samples.png"}
     assert names == {*expected, "base.safetensors"}
     assert process.stdout.splitlines()[-1] == "run folder: runs/toy-neighbor-seed0"
     assert [row["iteration"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, 13))
@@ -283,4 +283,4 @@ def test_serve_answers_until_it_is_stopped(tmp_path):
     finally:
         process.terminate()
         status = process.wait(30)
-    assert status == -signal.SIGTERM and list(tmp_path.iterdir()) == []
+    assert status == 128 + signal.SIGTERM and list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from helpers import TinyTask
 from hypothesis import given
 from hypothesis import strategies as st
@@ -255,8 +256,8 @@ def test_a_study_may_grow_but_not_change(tmp_path):
 def test_two_at_once_are_refused(tmp_path):
     study = Study((SMALL,), tiny_task, (0,), dict(iterations=10))
     compare.claim(study, tmp_path)
-    with compare.FileLock(tmp_path / ".lock"):
-        with pytest.raises(ValueError, match="out must be a folder that no other process works in"):
+    with FileLock(tmp_path / ".lock"):
+        with pytest.raises(ValueError, match="is in use: another process is working in it"):
             compare.run_study(study, tmp_path, progress=False)
 
 
@@ -278,7 +279,7 @@ HOST = """
 import json, multiprocessing, os, signal, sys, time
 import safetensors.torch, torch
 import torch._dynamo
-from neighbor_grpo import cli, compare, training
+from neighbor_grpo import cli, compare, folder, training
 
 def event():
     with count.get_lock():
@@ -304,9 +305,10 @@ def step(trainer, step=training.Trainer.step):
     event()
     return row
 
-training.save_file, training.Trainer.step = save_in_pieces, step
+folder.save_file, training.Trainer.step = save_in_pieces, step
 get_context = multiprocessing.get_context
 multiprocessing.get_context = lambda name: get_context("fork")
+os.fsync = lambda handle: None  # nobody cuts the power
 compare.plot_curves = lambda *arguments, **options: None
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a shell begins with it ignored

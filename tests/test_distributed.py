@@ -9,6 +9,7 @@ import torch.distributed as dist
 from helpers import STRAYED, TinyTask, assert_same_outcome, strayed, weights
 from torch import multiprocessing
 
+from neighbor_grpo import folder as run_folder
 from neighbor_grpo import training
 from neighbor_grpo.algorithms import NeighborGRPO
 from neighbor_grpo.rivals import OPGRPO
@@ -51,11 +52,11 @@ def work(rank, size, folder, name):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    writers = ("save_file", "append_row", "write_atomically")
+    writers = {"save_file": run_folder, "append_row": training, "write_atomically": run_folder}
     written = []
-    for writer in writers:
-        function = getattr(training, writer)
-        setattr(training, writer, lambda *a, w=writer, f=function: (written.append(w), f(*a))[1])
+    for writer, module in writers.items():
+        function = getattr(module, writer)
+        setattr(module, writer, lambda *a, w=writer, f=function: (written.append(w), f(*a))[1])
     trainer = run(folder / "run", name)
     with suppress(KeyboardInterrupt):
         run(folder / "resumed", name, callback=stop)

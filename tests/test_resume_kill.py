@@ -25,7 +25,7 @@ HOST = """
 import json, os, sys, time
 import safetensors.torch, torch
 import torch._dynamo  # which AdamW imports: once for all processes
-from neighbor_grpo import cli, training
+from neighbor_grpo import cli, folder
 from neighbor_grpo.digits import DigitsTask
 
 def save_in_pieces(tensors, path):
@@ -36,9 +36,10 @@ def save_in_pieces(tensors, path):
             file.flush()
             time.sleep(0.004)
 
-training.save_file = save_in_pieces
+folder.save_file = save_in_pieces
 cli.plot_run = DigitsTask.draw = lambda *arguments: None  # pictures take longer than these runs
 torch.set_num_threads(1)
+os.fsync = lambda handle: None  # nobody cuts the power
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
