@@ -383,7 +383,7 @@ def same_results(folder, expected):
     return [name for name in RESULTS if (folder / name).read_bytes() != (expected / name).read_bytes()]
 
 
-@pytest.mark.parametrize("seed", [0, 4, 5])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (4, 5))])
 def test_interrupted_five_times_at_random(seed, host, whole, tmp_path):
     chance, folder, statuses = random.Random(seed), tmp_path / "cut", []
     folder.mkdir()

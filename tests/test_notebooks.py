@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-# Evidence that the library does not rest on, and that takes long to gather.
-SLOW = {"13b_gradients", "16b_stability"}
+# Evidence that the library does not rest on, and what test_miniature.py and test_accelerate.py guard as well.
+SLOW = {"13b_gradients", "16a_miniature", "16b_stability", "17b_distributed"}
 LIMIT = 600  # seconds; pages are written to take one minute at most, a busy machine may take longer
 
 

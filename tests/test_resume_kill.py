@@ -149,6 +149,7 @@ def test_killed_at_random_moments(host, networks, whole, tmp_path, moments):
     assert not different
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(host, networks, whole, tmp_path):
     folder, resume = tmp_path / "run", []
     shutil.copytree(networks, folder)
