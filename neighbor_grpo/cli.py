@@ -140,9 +140,10 @@ class Parser(ArgumentParser):
 
     def start_from(self, values: dict, source: str) -> None:
         "Values of a file become the defaults, each checked like a value of the command line."
-        for value in values.values():
-            for text in value if isinstance(value, list) else [value]: require_plain(str(text))
-        try: checked = self.parse_object(values)
+        texts = [value for value in values.values() if isinstance(value, str)]
+        try:
+            for text in texts: require_plain(text)
+            checked = self.parse_object(values)
         except ValueError as e: raise ValueError(f"{source}: {e}") from e
         self.set_defaults({name: checked[name] for name in values})
 
@@ -150,8 +151,10 @@ class Parser(ArgumentParser):
         "What an unknown option may have meant, or where to look."
         known = {option.lstrip("-") for option in self._option_string_actions}
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        near = [f"--{match}" for match in difflib.get_close_matches(name, known, 1, 0.7)]
-        if re.findall(r"\w+", MEANT.get(name, ""))[:1] and re.findall(r"\w+", MEANT[name])[0] in known: near = [MEANT[name]]
+        longer = [option for option in sorted(known) if len(name) > 2 and option.startswith(name)]
+        near = [f"--{match}" for match in longer or difflib.get_close_matches(name, known, 1, 0.7)]
+        other = MEANT.get(name, "")
+        if known & {*re.findall(r"--(\w+)", other)}: near = [other]
         return f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help all"
 
     def error(self, message: str, ex: Exception | None = None) -> None:
@@ -167,7 +170,7 @@ class Parser(ArgumentParser):
             raise ValueError(f"{wrong[1]} takes no value, got {wrong[2]}")
         if wrong := re.search(r'key "(\w+)"[^:]*: (.*)', message): message = f"--{wrong[1]} cannot be read: {wrong[2]}"
         unknown = re.search(r"nrecognized arguments: (\S+)", message)
-        raise ValueError(message + (self.suggestion(unknown[1]) if unknown else ""))
+        raise ValueError(message[:500] + (self.suggestion(unknown[1]) if unknown else ""))
 
 # %% ../nbs/19_launch.ipynb #1250f55c
 RECIPES = Path(str(files("neighbor_grpo"))) / "recipes"  # come with the package
@@ -210,12 +213,14 @@ def flat_config(
     path: str | Path,  # where it was read
 ) -> dict:  # task, algorithm and settings by name
     "The configuration of a run as a recipe."
+    require(isinstance(config, dict), name, str(path), "a run folder whose config.json is a mapping")
     names, why = {cls.__name__: key for key, cls in ALGORITHMS.items()}, "a run that `neighbor-grpo train` made"
     for key, known in dict(task_name=TASKS, algorithm_name=names).items():
         found = f"with {key} {config[key]!r}" if key in config else f"without {key}: its Trainer was made in Python, and goes on there"
         require(config.get(key) in [*known], name, f"{path}, {found}", f"{why}")
     parts = [config.get(part, {}) for part in ("task", "algorithm", "training")]
-    require(all(isinstance(part, dict) for part in parts), name, str(path), f"the config.json of {why}")
+    whole = all(isinstance(part, dict) for part in parts) and "seed" in parts[2]
+    require(whole, name, str(path), f"{why}, with all settings in its config.json")
     settings = {key: value for part in parts for key, value in part.items()}
     return settings | {"task": config["task_name"], "algorithm": names[config["algorithm_name"]]}
 
@@ -440,8 +445,11 @@ def load_run(
 ) -> tuple[object, Velocity, dict]:  # task, trained velocity, state of its checkpoint
     "A run's task and its newest weights: the average where the run kept one."
     config = read_config(folder)
+    flat_config(config, "DIR", folder)
     tensors, state = Checkpoints(Path(folder) / "checkpoints").load()
     make_task, make_settings = task_classes(config["task_name"])
+    unknown = config["task"].keys() - {field.name for field in fields(make_settings)}
+    require(not unknown, "DIR", f"{folder} with {sorted(unknown)}", "a run with the settings of this version")
     task = make_task(make_settings(**config["task"]), folder, config["training"]["seed"], progress=False)
     load_trained(task.policy, tensors.get("ema", tensors["policy"]))
     return task, task.policy.eval(), state
@@ -453,14 +461,14 @@ def run_folder(
 ) -> Path:
     "The one argument of `evaluate` and `sample`."
     parser = Parser(prog=f"neighbor-grpo {command}", description=COMMANDS[command].__doc__)
-    parser.add_argument("dir", help="Run folder.")
+    parser.add_argument("dir", help="Folder of a run that train has made.")
     return Path(parser.parse_args(list(argv)).dir)
 
 
 def evaluate(
     argv: Sequence[str],  # DIR
 ) -> None:
-    "Held-out figures of a run's newest checkpoint beside those of its base."
+    "Print the held-out figures of a run's newest checkpoint beside those of its base; nothing is written."
     task, velocity, state = load_run(run_folder("evaluate", argv))
     print_figures({"before": task.evaluate(task.base), f"at {state['iteration']}": task.evaluate(velocity)})
 
@@ -468,7 +476,7 @@ def evaluate(
 def sample(
     argv: Sequence[str],  # DIR
 ) -> None:
-    "Draw samples of a run's newest checkpoint beside those of its base, into the run folder."
+    "Draw the same held-out samples from a run's newest checkpoint and from its base, into DIR/samples-ITERATION.png."
     folder = run_folder("sample", argv)
     task, velocity, state = load_run(folder)
     path = folder / f"samples-{state['iteration']:06d}.png"
@@ -481,7 +489,7 @@ PAPER_MODELS = (NeighborGRPO(), DanceGRPO(), MixGRPO())
 def save(
     argv: Sequence[str],  # DIR
 ) -> None:
-    "Write a run's newest weights as plain diffusers opens them, into the run folder."
+    "Write a run's newest weights as plain diffusers opens them, an adapter or a pipeline, into DIR/trained-ITERATION."
     folder = run_folder("save", argv)
     task, velocity, state = load_run(folder)
     require(hasattr(task, "save"), "DIR", str(folder), "the run of a pipeline: sd3, flux or scenes")
@@ -540,14 +548,14 @@ def read_variant(
     "One variant of a comparison, as a command line of `train` with a name."
     name, colon, rest = line.rpartition(":")
     try: words, shared = shlex.split(rest), shlex.split(common)
-    except ValueError as e: raise ValueError(f"--variants must be lines as a shell reads them, got {line!r} and {common!r}: {e}") from e
+    except ValueError as e: raise ValueError(f"--variants and --common must be as a shell reads them, got {line!r}, {common!r}: {e}") from e
     known = bool(words) and words[0] in ALGORITHMS
     require(known, "--variants", line, f"[NAME:] ALGORITHM [--setting value ...] with one of {', '.join(ALGORITHMS)}")
     name, options = name.strip() if colon else words[0], [*shared, *words[1:]]
     require(bool(re.fullmatch(r"\w[\w .+*-]*", name)), "--variants", line, "a name that can be that of a folder")
     not_here = "--seed --iterations --algorithm --out --resume --quiet --recipe --trackers --help -h".split()
     taken = {word.split("=")[0] for word in options} & {*not_here}
-    require(not taken, "--variants", line, f"settings other than {', '.join(sorted(taken))}")
+    require(not taken, "--variants and --common", f"{line} {common}".strip(), f"settings other than {', '.join(sorted(taken))}")
     try: _, (task_settings, algorithm, settings), _ = read_command([task, "--algorithm", words[0], *options])
     except ValueError as e: raise ValueError(f"variant {name}: {e}") from e
     return Variant(name, algorithm, settings), task_settings

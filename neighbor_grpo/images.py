@@ -42,7 +42,7 @@ from .training import draw_panels, gather, world
 class ImagesSettings(SD3Settings):
     "A large model: which, on what prompts, for which rewards, with how much memory."
     source: str = ""
-    "The pipeline: a folder, or the name of a model on the hub."
+    "The pipeline: a folder, the name of a model on the hub, or miniature: the small SD3 of this package, for 32 x 32 pixels."
     prompts: str = ""
     "File of the prompts to train on; without it those of the package."
     held_out: str = ""
@@ -251,7 +251,8 @@ class ImagesTask:
                  folder: str | Path | None = None,  # of the run: the encoded prompts are kept in it
                  seed: int = 0,  # of the adapters
                  progress: bool = True):  # show progress bars
-        require(bool(settings.source), "source", settings.source, f"a folder with a {self.family.pipeline.__name__}, or its name on the hub")
+        require(bool(settings.source), "source", settings.source or None,
+                f"a folder with a {self.family.pipeline.__name__}, or its name on the hub; miniature is a small SD3 to try")
         self.settings, s = settings, settings
         train, held = split_prompts(s)
         self.device = choose_device(s.device, s.min_memory)
