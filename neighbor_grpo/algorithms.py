@@ -8,7 +8,7 @@ __all__ = ['take', 'Rollout', 'States', 'check_types', 'Algorithm', 'NeighborGRP
 # %% ../nbs/09_algorithms.ipynb #eb5775ef
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -56,6 +56,8 @@ class Rollout:
     "(T, P) which steps of each group were drawn from a Gaussian; None: no step of an ODE is."
     fresh: bool = True
     "Every candidate was collected by one policy just now, none taken from a memory."
+    replayed: Tensor | None = None
+    "(P, G) which candidates were taken from a memory; None: none was."
 
     @property
     def samples(self) -> Tensor:
@@ -247,6 +249,7 @@ class Algorithm:
         reference: Velocity | None = None,  # needed when kl_weight > 0 or hold_weight > 0
         on_policy: bool = False,  # the weights have not moved since the rollout: the ratio is then 1 to the last bit
         stats: SurrogateStats | None = None,  # collects ratios, clipping and entropy
+        chosen: tuple[States, States] | None = None,  # of `choose`; None: they are chosen now
     ) -> Iterator[Tensor]:
         "Scalars to call `backward()` on, one for each micro-batch; their sum is the loss."
         groups = tuple(rollout.x.shape[1:3])
@@ -254,7 +257,8 @@ class Algorithm:
                 f"of shape (P, G) = {groups}")
         require(not self.needs_reference or reference is not None, "reference", reference,
                 "a velocity when kl_weight > 0 or hold_weight > 0")
-        advantages, trained = advantages.to(rollout.x.device), self.trained_states(rollout, generator)
+        advantages = advantages.to(rollout.x.device)
+        trained, held = chosen or self.choose(rollout, generator)
         for states in trained.split(self.micro_batch):
             inputs = states.inputs(rollout)
             v = velocity(*inputs)
@@ -263,12 +267,27 @@ class Algorithm:
                 with torch.no_grad(): v_ref = reference(*inputs)
                 gain = gain - self.kl_weight * self.divergence(rollout, states, v, v_ref).sum()
             yield -gain / len(trained)
-        held = self.held_states(rollout, trained, generator)
         for states in held.split(self.micro_batch):
             inputs = states.inputs(rollout)
             with torch.no_grad(): v_ref = reference(*inputs)
             apart = Algorithm.divergence(self, rollout, states, velocity(*inputs), v_ref)  # other steps need not have noise
             yield self.hold_weight * apart.sum() / len(held)
+
+    def choose(self, rollout: Rollout, generator: Generators) -> tuple[States, States]:
+        "The states of one update: those that are trained, and those that are held."
+        trained = self.trained_states(rollout, generator)
+        return trained, self.held_states(rollout, trained, generator)
+
+    def retrace(self, velocity: Velocity, rollout: Rollout, trained: States) -> Rollout:
+        "The rollout with its velocities at trained states computed again, in the micro-batches of training."
+        v = rollout.v.clone()
+        for states in trained.split(self.micro_batch):
+            again = velocity(*states.inputs(rollout)).detach()  # where a gradient is taken, kernels differ
+            if rollout.replayed is not None:
+                old = per_state(rollout.replayed.to(v.device)[states.prompt, states.member], again)
+                again = torch.where(old, states.of(v), again)
+            v[states.step, states.prompt, states.member] = again.to(v)
+        return replace(rollout, v=v)
 
     def trained_states(self, rollout: Rollout, generator: Generators) -> States:
         "All candidates of each group at the group's K steps."
@@ -348,6 +367,11 @@ class Algorithm:
     def nfe_old(self) -> float:
         "Evaluations without gradient, per sample."
         return self.steps + self.scouts * self.scout_steps / self.group_size
+
+    @property
+    def has_ratio(self) -> bool:
+        "Whether the loss is a clipped ratio, which must be 1 for the policy that collected."
+        return True
 
     @property
     def needs_reference(self) -> bool:

@@ -111,6 +111,11 @@ class DiffusionNFT(ForwardProcess):
         for name in ("beta", "advantage_clip"): require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         require(self.chunk == 1, "chunk", self.chunk, "1 where there is no ratio to share")
 
+    @property
+    def has_ratio(self) -> bool:
+        "Mixtures of old and new velocity are regressed; no ratio tells a change of the policy from rounding."
+        return False
+
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardised and clipped."
         return self.credit(rewards, weights).clamp(-self.advantage_clip, self.advantage_clip)

@@ -60,7 +60,8 @@ class OPGRPO(FlowGRPO):
         "Put remembered trajectories in place of candidates near their group's mean; the best fresh ones are news."
         if self.replay == 0: return rollout, rewards, {}
         news, score = self.news(rollout, rewards, prompts), self.score(rewards)
-        x, v, rewards, fresh = rollout.x.clone(), rollout.v.clone(), rewards.clone(), rollout.fresh
+        x, v, rewards = rollout.x.clone(), rollout.v.clone(), rewards.clone()
+        replayed = torch.zeros(x.shape[1:3], dtype=torch.bool)
         each = generator if isinstance(generator, (list, tuple)) else [generator] * len(prompts)
         for group, own in enumerate(each if memory else []):
             known = (memory["prompt"] == prompts[group]).nonzero()[:, 0]
@@ -68,8 +69,9 @@ class OPGRPO(FlowGRPO):
             rows = known[sample_subsets(1, len(known), min(self.replay, len(known)), own)[0]]
             dull = (score[group] - score[group].mean()).abs().argsort(stable=True)[:len(rows)]
             x[:, group, dull], v[:, group, dull] = (memory[key][rows].transpose(0, 1).to(x) for key in ("x", "v"))
-            rewards[group, dull], fresh = memory["reward"][rows].to(rewards), False
-        return replace(rollout, x=x, v=v, fresh=fresh), rewards, news
+            rewards[group, dull], replayed[group, dull] = memory["reward"][rows].to(rewards), True
+        fresh = rollout.fresh and not replayed.any().item()
+        return replace(rollout, x=x, v=v, fresh=fresh, replayed=replayed), rewards, news
 
     def score(self, rewards: Tensor) -> Tensor:
         "`(..., G) -> (..., G)`, or the mean of several rewards: what is remembered is compared over iterations."
@@ -129,6 +131,11 @@ class TMPO(SDEGRPO):
         rewards = rewards if rewards.ndim == 2 else combine_rewards(rewards.unbind(2), weights, standardise=False)
         rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero
         return self.beta * (rewards - rewards.mean(1, keepdim=True))
+
+    @property
+    def has_ratio(self) -> bool:
+        "The target is a distribution; the collecting policy is not asked."
+        return False
 
     def gain(self, rollout: Rollout, states: States, v: Tensor, advantages: Tensor, on_policy: bool,
              stats: SurrogateStats | None) -> Tensor:

@@ -357,6 +357,12 @@ class SD3Policy(nn.Module):
         "The velocities of a rollout are not those of the trained policy, not even before its first update."
         return self.settings.guidance_scale != self.settings.train_guidance_scale
 
+    @property
+    def coarse(self) -> bool:
+        "Arithmetic in half precision: the same state gets another velocity in a batch of another size."
+        low = next(self.transformer.parameters()).dtype != torch.float32
+        return low or self.settings.precision != "float32"
+
     def forward(self, x: Tensor,  # (N, C, h, w)
                 t: Tensor,  # (N,) in [0, 1]
                 cond: dict[str, Tensor]) -> Tensor:  # (N, C, h, w) float32

@@ -205,6 +205,7 @@ class Trainer:
         fresh = settings.updates == 1 and settings.collector == "policy"
         require(fresh or not getattr(self.policy, "split_guidance", False), "train_guidance_scale", "its own",
                 "that of the rollout unless updates is 1 and collector is 'policy': stored velocities are compared")
+        self.coarse = getattr(self.policy, "coarse", False)
         self.average = self.reference = None
         if settings.ema > 0:
             self.average = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
@@ -235,6 +236,11 @@ class Trainer:
         "What is evaluated and sampled: the average where there is one."
         return self.average.module if self.average else self.policy
 
+    @property
+    def collector(self) -> nn.Module:
+        "Whose weights roll out."
+        return self.policy if self.settings.collector == "policy" else self.average.module
+
     def score(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(P, M, *shape), (P,) -> (P, M)` rewards, checked; `(P, M, R)` where the task has R of them."
         groups, count = samples.shape[:2]
@@ -256,8 +262,7 @@ class Trainer:
         generators = [seeded(seed, GROUP_KEY, self.iteration, group) for group in self.groups]
         prompts = choose_prompts(self.task.prompts, self.settings.groups, seed, self.iteration)[list(self.groups)]
         noise = randn((len(prompts), *self.task.shape), generators, device)
-        collector = self.policy if self.settings.collector == "policy" else self.average.module
-        rollout = self.algorithm.rollout(collector, noise, self.task.conditions(prompts), generators, self.iteration,
+        rollout = self.algorithm.rollout(self.collector, noise, self.task.conditions(prompts), generators, self.iteration,
                                          lambda samples: self.total(self.score(samples, prompts)))
         return rollout, self.score(rollout.samples, prompts), prompts, generators
 
@@ -270,15 +275,30 @@ class Trainer:
                   for group in self.groups]
         return mine.gather(1, torch.stack(orders))
 
-    def update(self, rollout: Rollout, advantages: Tensor, generators: list, stats: SurrogateStats) -> float:
+    def plan(self, rollout: Rollout, generators: list) -> tuple[list[tuple], float]:
+        """What each update compares with, and its states; and what that took, in evaluations per sample.
+
+        Where rounding is coarse, the old velocities of the trained states are computed again, in the batches
+        of that update, before any weight moves. They are not needed where the update is on policy."""
+        plans, count = [(rollout, None)] * self.settings.updates, 0
+        if not self.coarse or not self.algorithm.has_ratio: return plans, 0.0
+        exact = self.collector is self.policy and all(gather(rollout.fresh))
+        for number in range(self.settings.updates):
+            chosen = self.algorithm.choose(rollout, generators)
+            on_policy = exact and number == 0
+            before = rollout if on_policy else self.algorithm.retrace(self.collector, rollout, chosen[0])
+            plans[number], count = (before, chosen), count + (0 if on_policy else len(chosen[0]))
+        return plans, count / rollout.x.shape[1:3].numel()
+
+    def update(self, plans: list[tuple], advantages: Tensor, generators: list, stats: SurrogateStats) -> float:
         "All optimiser steps on one rollout; returns the largest norm of a gradient."
         norms, fresh, s = [], self.settings.collector == "policy", self.settings
         left = max(0.0, 1 - self.iteration / s.lr_decay) if s.lr_decay else 1.0
         for group in self.optimizer.param_groups: group["lr"] = s.lr * left
-        for number in range(self.settings.updates):
+        for number, (rollout, chosen) in enumerate(plans):
             self.optimizer.zero_grad()
-            for loss in self.algorithm.losses(self.policy, rollout, advantages, generators, self.reference,
-                                              on_policy=fresh and number == 0, stats=stats):
+            more = dict(on_policy=fresh and number == 0, stats=stats, chosen=chosen)
+            for loss in self.algorithm.losses(self.policy, rollout, advantages, generators, self.reference, **more):
                 require(bool(loss.isfinite()), "loss", loss.item(), "finite")
                 loss.backward()
             average_gradients(self.policy)
@@ -298,11 +318,12 @@ class Trainer:
         rollout, rewards, prompts, generators = self.collect()
         fresh, nfe = torch.cat(gather(self.total(rewards))), sum(gather(rollout.nfe)) / world()[1]
         rollout, rewards, news = self.algorithm.mix(rollout, rewards, prompts, self.memory, generators)
-        norm = self.update(rollout, self.advantages(rewards), generators, stats)
+        plans, again = self.plan(rollout, generators)
+        norm = self.update(plans, self.advantages(rewards), generators, stats)
         self.memory = self.algorithm.remember(self.memory, gather(news), self.iteration)
         row = dict(iteration=self.iteration + 1, reward_mean=fresh.mean().item(),
                    reward_std=fresh.std(1, correction=0).mean().item(),
-                   nfe_old=nfe, nfe_theta=self.algorithm.nfe_theta * self.settings.updates,
+                   nfe_old=nfe + again, nfe_theta=self.algorithm.nfe_theta * self.settings.updates,
                    **merged(stats).summary(), grad_norm=norm, seconds=time.perf_counter() - start)
         self.record("metrics.jsonl", self.rows, row)
         self.iteration, self.moved = self.iteration + 1, False  # complete only now
