@@ -100,6 +100,18 @@ def test_paths_hold_in_any_directory(place):
     assert ScenesSettings(source="pipe").source == str(place / "pipe") and ScenesSettings().source == ""
 
 
+def test_the_same_files_may_lie_elsewhere(place, tmp_path, capsys):
+    train("--prompts", "p.txt")
+    (place / "pipe").rename(tmp_path / "weights")
+    (place / "p.txt").rename(tmp_path / "q.txt")
+    resume = f"train --resume --iterations 2 --quiet --out run --prompts {tmp_path / 'q.txt'}"
+    assert str(place / "pipe") in fails(capsys, resume)
+    assert main(f"{resume} --source {tmp_path / 'weights'}".split()) == 0
+    assert main(["evaluate", "run"]) == 0
+    error = fails(capsys, f"train --resume --iterations 3 --quiet --out run --prompts {place / 'h.txt'}")
+    assert "prompts must be the file that the run began with, which changed since" in error
+
+
 # --- what changes under a run ---
 
 
