@@ -28,8 +28,9 @@ from tqdm.auto import trange
 from .algorithms import check_types, take
 from .flow import Velocity, interpolate, one_cycle, randn, require, seeded, time_grid, velocity_target
 from .scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words
-from .sd3 import (MINIATURE, SD3Policy, SD3Settings, decode, encode_prompts, latent_shape,
-                               open_pipeline, pipeline_shift, quiet, save_policy, text_of, tile)
+from .sd3 import (MINIATURE, SD3Policy, SD3Settings, absolute, check_source, decode, encode_prompts,
+                               latent_shape, open_pipeline, pipeline_shift, quiet, read_inputs, save_policy, text_of,
+                               tile, write_inputs)
 from .solvers import solve
 from .training import append_row, draw_panels, read_rows
 
@@ -474,6 +475,7 @@ class ScenesSettings(SD3Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        object.__setattr__(self, "source", absolute(self.source))  # holds in any working directory
         for name, least in dict(eval_images=48, eval_steps=1).items():
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
 
@@ -481,10 +483,13 @@ class ScenesSettings(SD3Settings):
 class ScenesTask:
     "The scenes rung: a miniature Stable Diffusion 3 whose images are checked against their captions."
     def __init__(self, settings: ScenesSettings = ScenesSettings(),
-                 folder: str | Path | None = None,  # of the run; nothing is kept in it
+                 folder: str | Path | None = None,  # of the run: what the pipeline is known by is kept in it
                  seed: int = 0,  # of the adapters
                  progress: bool = True):  # for the other tasks: nothing is pretrained here
-        self.settings, self.pipeline = settings, open_pipeline(settings.source or MINIATURE)
+        source = settings.source or str(MINIATURE)
+        revision = check_source(source, read_inputs(folder))
+        self.settings, self.pipeline = settings, open_pipeline(source, revision=revision)
+        write_inputs(folder, source)
         self.shape, self.shift = latent_shape(self.pipeline, SIZE, SIZE), pipeline_shift(self.pipeline)
         split = split_captions(settings.rewarded)
         other = split_captions("relation" if settings.rewarded == "count" else "count")
