@@ -335,7 +335,7 @@ def parse_rewards(
         except ValueError: value = math.nan
         require(math.isfinite(value) and value != 0, "rewards", entry, "with weights that are finite numbers, not 0")
         require(name != "remote" or source is not None, "rewards", entry, "remote@URL")
-        if name == "remote": checked_url(source)
+        if name == "remote": refuse_secrets(checked_url(source))
         require(name != "compressibility" or source is None, "rewards", entry, "compressibility, without a source")
         found.append((value, name, source))
     return found
