@@ -196,8 +196,9 @@ def test_others_are_read_while_the_judge_works():
 
 def test_the_last_answers_are_known_and_older_ones_forgotten():
     server = RewardServer(judge := Judge())
+    bodies = [pack(PICTURES, ["a"] * 3, str(k)) for k in range(70)]
     for k in [*range(70), 69, 0]:
-        assert server.answer(pack(PICTURES, ["a"] * 3, str(k)))[0] == 200
+        assert server.answer(bodies[k])[0] == 200
     assert judge.calls == 71 and len(server.known) == 64
     server.close()
 
