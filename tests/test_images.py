@@ -107,11 +107,13 @@ def test_adapters_off_are_the_base(folder, kind):
     with torch.no_grad():
         for weight in task.policy.parameters():
             weight += 0.1 * torch.randn(weight.shape) * weight.requires_grad
-        assert torch.equal(task.base(x, t, cond), full.base(x, t, cond))
-        assert torch.equal(task.base(x, t, cond), full.policy(x, t, cond))
-        assert (task.policy(x, t, cond) - full.policy(x, t, cond)).abs().max() > 1e-3
+        apart = lambda one, other: (one(x, t, cond) - other(x, t, cond)).abs().max()
+        # Layers that are trained and layers that are not take other products of matrices: rounding of velocities.
+        rounding = 1e-5 * max(1, full.base(x, t, cond).abs().max())
+        assert apart(task.base, full.base) < rounding and apart(task.base, full.policy) < rounding
+        assert apart(task.policy, full.policy) > 1e-3
         full.policy.transformer.proj_out.weight.zero_()
-        assert torch.equal(task.base(x, t, cond), full.base(x, t, cond)), "the base of a full policy is read again"
+        assert apart(task.base, full.base) < rounding, "the base of a full policy is read again"
 
 
 @EACH
