@@ -93,10 +93,17 @@ class ToyTask:
                     spread=x.std(0, correction=0).norm().item())
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
-        "Save samples of each policy side by side."
+        "Save samples of each policy side by side, over those of the base in gray; a circle around the target."
+        behind = self.sample(self.base, 1000)
+
         def paint(axis: plt.Axes, velocity: Velocity) -> None:
-            axis.scatter(*self.sample(velocity, 1000).T, s=3, alpha=0.5, color="#0072B2")
-            axis.plot(*self.mean, "+", ms=14, mew=2, color="#D55E00")
+            x = self.sample(velocity, 1000)
+            axis.scatter(*behind.T, s=3, color="0.85")
+            axis.plot(*self.mean, "o", ms=34, mew=2, mfc="none", color="#D55E00")
+            axis.scatter(*x.T, s=8, color="#0072B2", zorder=3)
+            share = mode_shares(x)[self.settings.target].item()
+            axis.text(0, 0, f"1000 samples\n{share:.0%} at the target\nreward {self.reward(x).mean():.2f}\n"
+                      f"spread {x.std(0).norm():.2g}", ha="center", va="center")
             axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
 
         draw_panels(policies, paint, path)

@@ -136,3 +136,21 @@ def test_quiet_says_the_figures_and_the_folder(tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.err == ""
     assert [line.split()[0] for line in printed.out.splitlines()] == ["reward", "before", "after", "run"]
+
+
+def test_the_picture_of_the_toy_says_what_a_dot_is(monkeypatch):
+    import matplotlib.pyplot as plt
+
+    import neighbor_grpo.toy2d as toy2d
+
+    task = toy2d.ToyTask(toy2d.ToySettings(pretrain_steps=1), progress=False)
+    collapsed = lambda x, t, cond=None: (x - task.mean) / t[:, None]  # every noise ends at the target
+    figure, axis = plt.subplots()
+    monkeypatch.setattr(toy2d, "draw_panels", lambda policies, paint, path: paint(axis, policies["after"]))
+    task.draw({"after": collapsed}, "unused")
+    (text,) = [text.get_text() for text in axis.texts]
+    assert "1000 samples" in text and "100% at the target" in text and "reward 1.00" in text
+    behind, samples = axis.collections
+    assert behind.get_offsets().std() > 0.5 > samples.get_offsets().std(0).max()
+    assert samples.get_sizes()[0] > behind.get_sizes()[0] and axis.lines[0].get_markerfacecolor() == "none"
+    plt.close(figure)
