@@ -210,6 +210,7 @@ class Trainer:
         if settings.ema > 0:
             self.average = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
             self.average.n_averaged += 1  # counts the first weights as the average's start
+        self.asked: str | None = None  # why the run shall stop after this iteration
         self.iteration, self.moved, self.rows, self.evals, self.memory = 0, False, [], [], {}
         self.weights = getattr(task, "reward_weights", None)
         self.out, self.size = Path(out) if out is not None else None, 0
@@ -327,6 +328,7 @@ class Trainer:
                    **merged(stats).summary(), grad_norm=norm, seconds=time.perf_counter() - start)
         self.record("metrics.jsonl", self.rows, row)
         self.iteration, self.moved = self.iteration + 1, False  # complete only now
+        if self.asked is not None: raise KeyboardInterrupt(self.asked)
         return row
 
     def evaluate(self) -> dict:

@@ -579,7 +579,7 @@ LINE = """train toy --quiet --pretrain_steps 4 --iterations 6 --groups 2 --group
     --checkpoint_every 100""".split()
 
 
-def commanded(folder, numbers=(), while_saving=(), ignored=(), resume=()):
+def commanded(folder, numbers=(), while_saving=(), ignored=(), resume=(), at="end"):
     "Exit status and output of a command that gets signals after its third iteration, and more while it saves."
     reading, writing = os.pipe()
     pid = os.fork()
@@ -603,7 +603,17 @@ def commanded(folder, numbers=(), while_saving=(), ignored=(), resume=()):
                 for number in while_saving if sys.exc_info()[1] else ():
                     os.kill(os.getpid(), number)
 
-            Trainer.step, run_folder.save_file = stopped, disturbed
+            def half_way(*arguments, clip=torch.nn.utils.clip_grad_norm_):
+                calls.append(1)
+                for number in numbers if len(calls) == 6 else ():
+                    os.kill(os.getpid(), number)
+                return clip(*arguments)
+
+            calls, run_folder.save_file = [], disturbed
+            if at == "end":
+                Trainer.step = stopped
+            else:
+                torch.nn.utils.clip_grad_norm_ = half_way
             cli.plot_run = toy2d.ToyTask.draw = lambda *arguments: None
             status = cli.main([*LINE, "--out", str(folder), *resume])
         finally:
@@ -636,6 +646,17 @@ def test_signals_save_the_last_iteration_and_say_so_in_one_line(name, more, tmp_
     assert Checkpoints(tmp_path / "run" / "checkpoints").numbers() == [0, 3]
     assert commanded(tmp_path / "run", resume=["--resume"])[0] == 0
     assert_same_outcome(tmp_path / "run", commanded_whole)
+
+
+@posix
+def test_an_iteration_whose_weights_have_moved_is_finished_first(tmp_path):
+    updates = ["--updates", "2"]
+    status, output = commanded(tmp_path / "run", [signal.SIGTERM], resume=updates, at="second update")
+    assert status == 128 + signal.SIGTERM and len(output.splitlines()) == 1
+    assert Checkpoints(tmp_path / "run" / "checkpoints").numbers() == [0, 3]
+    assert commanded(tmp_path / "run", resume=["--resume"])[0] == 0
+    assert commanded(tmp_path / "whole", resume=updates)[0] == 0
+    assert_same_outcome(tmp_path / "run", tmp_path / "whole")
 
 
 @posix
