@@ -180,7 +180,8 @@ def train_run(
 ) -> None:
     "Train until all budgets are reached, from the newest checkpoint if there is one."
     with held(folder):
-        for file in pretrained.glob("*.safetensors"): write_atomically(folder / file.name, file.read_bytes())
+        files = (file for end in ("safetensors", "json") for file in pretrained.glob(f"*.{end}"))
+        for file in files: write_atomically(folder / file.name, file.read_bytes())
         train_held(report, study, variant, seed, rate, folder)
 
 

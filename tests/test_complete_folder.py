@@ -5,10 +5,11 @@ import os
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sd3
 
-from neighbor_grpo import images, sd3
+from neighbor_grpo import compare, images, sd3
 from neighbor_grpo.cli import main
 from neighbor_grpo.images import ImagesSettings, ImagesTask
 from neighbor_grpo.miniature import MINIATURE, ScenesSettings, ScenesTask
@@ -110,6 +111,17 @@ def test_the_same_files_may_lie_elsewhere(place, tmp_path, capsys):
     assert main(["evaluate", "run"]) == 0
     error = fails(capsys, f"train --resume --iterations 3 --quiet --out run --prompts {place / 'h.txt'}")
     assert "prompts must be the file that the run began with, which changed since" in error
+
+
+def test_all_runs_of_a_comparison_have_the_same_prompts(place, monkeypatch):
+    "Those of the first moment, whenever a run begins."
+    settings = ImagesSettings(source="pipe", prompts="p.txt", height=16, width=16, max_sequence_length=12)
+    first = ImagesTask(settings, place / "study" / "pretrained", progress=False)
+    (place / "p.txt").rename(place / "away.txt")
+    tasks = []
+    monkeypatch.setattr(compare, "train_held", lambda *a: tasks.append(ImagesTask(settings, a[-1], progress=False)))
+    compare.train_run(None, None, None, 0, 1.0, place / "study" / "pretrained", place / "study" / "runs" / "a")
+    assert tasks[0].texts == first.texts and torch.equal(tasks[0].cond["embeds"], first.cond["embeds"])
 
 
 # --- what changes under a run ---

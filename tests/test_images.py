@@ -300,7 +300,7 @@ def fails(capsys, *argv):
 def test_commands_say_what_to_do_and_leave_nothing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "a GPU with 60 GB of free memory is needed" in fails(capsys, "train", "--recipe", "sd3.5-medium")
-    assert "source must be a folder with a StableDiffusion3Pipeline" in fails(capsys, "train", "sd3")
+    assert "source is needed: a folder with a StableDiffusion3Pipeline" in fails(capsys, "train", "sd3")
     nowhere = ("train", "--recipe", "sd3.5-medium", "--min_memory", "0", "--rewards", "compressibility")
     assert "source must be" in fails(capsys, *nowhere, "--source", "nowhere at all")
     assert "prompts must be a file" in fails(capsys, *nowhere, "--prompts", "nowhere.txt")
