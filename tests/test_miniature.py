@@ -174,7 +174,8 @@ def test_it_is_saved_and_opened_with_its_tokenizers(source):
     built, opened, noise = make_pipeline(5), open_pipeline(source), randn((2, 8, 8, 8), seeded(0))
     built.set_progress_bar_config(disable=True)
     texts = ["three green triangles", "a red circle left of a blue square"]
-    assert torch.equal(call(built, noise, texts), call(opened, noise, texts))
+    # Opened weights need no gradient, so layers take other products of matrices: rounding of pixels in [0, 1].
+    assert (call(built, noise, texts) - call(opened, noise, texts)).abs().max() < 1e-5
     assert opened.tokenizer(texts).input_ids == built.tokenizer(texts).input_ids
     assert opened.tokenizer_3(texts).input_ids == built.tokenizer_3(texts).input_ids
 
