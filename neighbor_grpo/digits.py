@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .algorithms import check_types
 from .flow import TimeEmbedding, Velocity, randn, require, seeded, time_grid, train_flow
 from .solvers import solve
-from .training import draw_panels, kept
+from .training import draw_panels, kept, snapshot_of
 
 # %% ../nbs/12_digits.ipynb #103f1eb7
 NULL = 10  # the label that stands for any digit
@@ -184,8 +184,9 @@ class DigitsTask:
             nameless = torch.rand(128, generator=generator) < 0.1
             return images[rows], labels[rows].masked_fill(nameless, NULL)
 
+        snapshot = snapshot_of(folder, "base")
         self.base = kept(folder, "base", UNet(), lambda network: train_flow(
-            network, batch, settings.pretrain_steps, 4e-3, seed=seed, progress=progress)[0])
+            network, batch, settings.pretrain_steps, 4e-3, seed=seed, progress=progress, snapshot=snapshot)[0])
         self.policy = copy.deepcopy(self.base).requires_grad_(True)
         self.real = images[labels == settings.target] if settings.reward == "class" else images
 

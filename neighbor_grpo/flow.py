@@ -188,13 +188,17 @@ def train_flow(
     ema: float = 0.99,  # decay of the weight average that is returned
     seed: int = 0,  # of data, times and noise
     progress: bool = True,  # show a progress bar
+    snapshot: object | None = None,  # a `Snapshot` of the training loop: what a killed training goes on from
 ) -> tuple[nn.Module, list[float]]:  # averaged network, loss at each step
     "Pretrain a flow: AdamW with one cycle on the flow-matching loss."
     generator, losses = seeded(seed, 0), []
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema))
     optimizer = torch.optim.AdamW(network.parameters(), lr)
     schedule = one_cycle(optimizer, lr, steps)
-    for _ in (bar := trange(steps, desc="pretraining", disable=not progress, mininterval=0.5)):
+    parts = dict(network=network, average=average, optimizer=optimizer, schedule=schedule,
+                 generator=generator, losses=losses)
+    done = snapshot.restore(**parts) if snapshot else 0
+    for step in (bar := trange(done, steps, desc="pretraining", disable=not progress, mininterval=0.5)):
         loss = flow_matching_loss(network, *batch(generator), generator)
         optimizer.zero_grad()
         loss.backward()
@@ -202,6 +206,7 @@ def train_flow(
         schedule.step()
         average.update_parameters(network)
         losses.append(loss.item())
+        if snapshot: snapshot.save(step + 1, **parts)
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return average.module.eval(), losses
 

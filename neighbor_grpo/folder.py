@@ -382,7 +382,9 @@ def kept(
             raise ValueError(f"{path} is damaged: {' '.join(str(e).split())}") from e
     else:
         network = train(network)
-        if path and world()[0] == 0: put_network(path, network)
+        if path and world()[0] == 0:
+            put_network(path, network)
+            path.with_name(f".{name}.progress").unlink(missing_ok=True)  # of a training that was killed
     return network.requires_grad_(False).eval()
 
 

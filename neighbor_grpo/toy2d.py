@@ -18,7 +18,7 @@ from torch import Tensor
 from .algorithms import check_types
 from .flow import Velocity, VelocityMLP, eight_gaussians, randn, require, seeded, time_grid, train_flow
 from .solvers import solve
-from .training import draw_panels, kept
+from .training import draw_panels, kept, snapshot_of
 
 # %% ../nbs/11_toy2d.ipynb #e432b7c9
 def mode_means(
@@ -69,7 +69,9 @@ class ToyTask:
                  progress: bool = True):  # show a progress bar
         self.settings, self.mean = settings, mode_means()[settings.target]
         batch = lambda generator: (eight_gaussians(256, generator), None)
-        pretrain = lambda net: train_flow(net, batch, settings.pretrain_steps, seed=seed, progress=progress)[0]
+        snapshot = snapshot_of(folder, "base")
+        pretrain = lambda net: train_flow(net, batch, settings.pretrain_steps, seed=seed,
+                                          progress=progress, snapshot=snapshot)[0]
         torch.manual_seed(seed)
         self.base = kept(folder, "base", VelocityMLP(2, 64, 2), pretrain)
         self.policy = copy.deepcopy(self.base).requires_grad_(True)

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'ROWS', 'Task', 'TrainSettings', 'choose_prompts', 'merged',
-           'average_gradients', 'put_together', 'split_as', 'flat_optimizer', 'load_optimizer', 'trained_state',
-           'load_trained', 'run_config', 'Trainer', 'save_picture', 'plot_run', 'draw_panels']
+           'average_gradients', 'put_together', 'split_as', 'flat_optimizer', 'load_optimizer', 'flat_state',
+           'put_state', 'Snapshot', 'snapshot_of', 'trained_state', 'load_trained', 'run_config', 'Trainer',
+           'save_picture', 'plot_run', 'draw_panels']
 
 # %% ../nbs/10_training.ipynb #77cc7e19
 import copy
 import io
 import json
 import math
+import os
 import platform
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +26,7 @@ from typing import Literal, Protocol
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -30,8 +34,9 @@ from tqdm.auto import tqdm
 from . import __version__
 from .algorithms import Algorithm, Rollout, check_types
 from .flow import Velocity, randn, require, seeded
-from .folder import (Checkpoints, append_row, check_config, first_alone, gather, held, kept,
-                                  open_run, settled_rows, to_line, without_clock, world, write_atomically)
+from .folder import (Checkpoints, append_row, check_config, first_alone, gather, held, kept, load_tensors,
+                                  make_folder, open_run, save_tensors, settled_rows, sync_folder, to_line,
+                                  without_clock, world, write_atomically)
 from .folder import read_config, read_rows  # noqa: F401  # who has a trainer reads its folder
 from .grpo import SurrogateStats, check_rewards, combine_rewards
 
@@ -156,6 +161,78 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = split_as(value, weights[int(i)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+# %% ../nbs/10_training.ipynb #ac67a951
+def flat_state(
+    parts: dict,  # modules, an optimizer, a one-cycle schedule, generators, lists of numbers, by name
+) -> dict[str, Tensor]:
+    "The state of a training as named tensors."
+    tensors = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.Generator): state = {"": part.get_state()}
+        elif isinstance(part, (list, deque)): state = {"": torch.tensor(part, dtype=torch.float64)}
+        elif isinstance(part, nn.Module): state = {k: v.clone() for k, v in part.state_dict().items()}  # tied ones apart
+        elif isinstance(part, torch.optim.Optimizer): state = flat_optimizer(part)
+        else: state = {"": torch.tensor(part.last_epoch)}
+        tensors |= {f"{name}/{key}": value for key, value in state.items()}
+    return tensors
+
+
+def put_state(
+    parts: dict,  # as of `flat_state`, freshly made; changed in place
+    tensors: dict[str, Tensor],  # of `flat_state`
+) -> None:
+    "The inverse of `flat_state`."
+    for name, part in parts.items():
+        state = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
+        if isinstance(part, torch.Generator): part.set_state(state[""])
+        elif isinstance(part, (list, deque)): part.extend(state[""].tolist())
+        elif isinstance(part, nn.Module): part.load_state_dict(state)
+        elif isinstance(part, torch.optim.Optimizer): load_optimizer(part, state)
+        else:  # its last step sets the optimizer's rate and momentum
+            part.load_state_dict(dict(last_epoch=state[""].item() - 1, _step_count=state[""].item() + 1))
+            part.step()
+
+
+class Snapshot:
+    "The state of a training beside the network that it makes, so that a kill costs half a minute."
+    def __init__(self, folder: str | Path,  # where the network will be kept
+                 name: str,  # of the network
+                 every: float = 30.0,  # seconds between two writes
+                 **more: object):  # further parts of the state, which the training does not know of
+        self.path, self.every, self.more = Path(folder) / f".{name}.progress", every, more
+        self.written = time.monotonic()
+
+    def restore(self, **parts: object) -> int:
+        "Put all parts where a killed training left them; returns how many steps were done."
+        if not self.path.exists(): return 0
+        try:
+            tensors = load_tensors(self.path)
+            put_state(parts | self.more, tensors)
+            return int(tensors["done"])
+        except (SafetensorError, KeyError, RuntimeError, ValueError) as e:
+            text = f"{self.path} is damaged: {' '.join(str(e).split())}; remove it to train from the start"
+            raise ValueError(text) from e
+
+    def save(self, done: int, now: bool = False, **parts: object) -> None:
+        "Write the state after so many steps, if it is time or has to be now."
+        early = not now and time.monotonic() - self.written < self.every
+        if early or world()[0] > 0: return
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        make_folder(self.path.parent)
+        save_tensors(partial, flat_state(parts | self.more) | {"done": torch.tensor(done)})
+        os.replace(partial, self.path)
+        sync_folder(self.path.parent)
+        self.written = time.monotonic()
+
+
+def snapshot_of(
+    folder: str | Path | None,  # where the network is kept; None: nowhere
+    name: str,  # of the network
+    **more: object,  # further parts of the state
+) -> Snapshot | None:
+    "What a training is handed, if there is a folder."
+    return Snapshot(folder, name, **more) if folder else None
 
 # %% ../nbs/10_training.ipynb #9f78b85f
 def trained_state(

@@ -25,7 +25,7 @@ class Rounding(nn.Module):
 
     def forward(self, x, t, cond):
         self.rows[torch.is_grad_enabled()] += len(x)
-        error = self.size * (len(x) % 7 + torch.is_grad_enabled())
+        error = self.size * (4 / len(x) + torch.is_grad_enabled())
         return self.net(x) * t[:, None] + error * x.sin()
 
 
