@@ -14,6 +14,7 @@ __all__ = ['TASKS', 'LARGE', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_BYTES', 'MAX_D
 # %% ../nbs/19_launch.ipynb #72081725
 import argparse
 import difflib
+import gc
 import importlib
 import itertools
 import json
@@ -678,6 +679,7 @@ def serve(
     judge = rewards.Rewards(*rewards.make_rewards(v.rewards, device), total=True)
     server = rewards.RewardServer(judge, v.host, v.port, names=rewards.reward_names(v.rewards))
     print(f"{v.rewards} at {server.url}", flush=True)
+    gc.freeze()  # what is loaded stays: to collect it at the end would take seconds
     try: server.serve_forever()
     finally: server.close()
 
