@@ -120,7 +120,7 @@ def check_types(
         if get_origin(hint) is Literal: require(value in choices, name, value, f"one of {', '.join(choices)}")
         elif hint is bool: require(isinstance(value, bool), name, value, "True or False")
         elif hint is str: require(isinstance(value, str), name, value, "a text")
-        elif hint is int: require(number and isinstance(value, int), name, value, "an integer")
+        elif hint is int: require(number and isinstance(value, int) and abs(value) < 2**63, name, value, "an integer of 64 bits")
         else: require(number and math.isfinite(value), name, value, "a finite number")
 
 # %% ../nbs/09_algorithms.ipynb #f63d0163
