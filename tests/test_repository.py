@@ -30,7 +30,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn
 MAX_FUNCTION = 40  # lines of code in a function
 # The method, its rivals and their training are meant to be read in an hour; tasks, comparison and commands in another.
 TOOLS = {"benchmark", "cli", "compare", "digits", "folder", "prompts", "scenes", "toy2d"}
-MAX_METHOD, MAX_LIBRARY = 1700, 3750  # lines of code
+MAX_METHOD, MAX_LIBRARY = 1700, 3800  # lines of code
 
 
 def run(*command, cwd=ROOT, **environment):
