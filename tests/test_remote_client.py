@@ -147,6 +147,11 @@ def test_an_answer_is_read_as_it_comes_and_not_far(kind):
         assert "accept-encoding: identity" in peer.heads[0].lower()
 
 
+def test_an_answer_without_an_end_is_left_at_its_limit():
+    with Peer(ENDLESS["chunks"]) as peer, pytest.raises(RuntimeError, match="at most 4224 bytes"):
+        ask(peer.url, timeout=10, patience=0.05)
+
+
 # --- whom to ask again ---
 
 
