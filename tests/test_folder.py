@@ -160,10 +160,11 @@ def test_what_is_done_is_on_the_disk(tmp_path, monkeypatch):
         run_folder.make_folder(root / "a" / "b")
         assert set(there()) == {Path("a"), Path("a/b")}
         run_folder.write_atomically(root / "a" / "text", "whole")
+        assert there()[Path("a/text")] == b"whole"
         append_row(root / "a" / "rows.jsonl", {"iteration": 1})
         append_row(root / "a" / "rows.jsonl", {"iteration": 2})
+        assert there()[Path("a/rows.jsonl")].count(b"\n") == 2
         kept(root / "a", "net", torch.nn.Linear(1, 1), lambda network: network)
-        assert there()[Path("a/text")] == b"whole" and there()[Path("a/rows.jsonl")].count(b"\n") == 2
         assert there()[Path("a/net.safetensors")] == (root / "a" / "net.safetensors").read_bytes()
         checkpoints = Checkpoints(root / "a" / "checkpoints")
         checkpoints.save(3, {"policy": {"w": torch.ones(2)}}, {"iteration": 3})
