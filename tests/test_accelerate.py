@@ -379,7 +379,7 @@ def test_rows_that_are_made_again_are_not_logged_again(tmp_path):
 
 def test_tracking_wants_a_run_folder(tmp_path):
     trainer = Trainer(TinyTask(), replace(ALGORITHM, kl_weight=0.0), replace(SETTINGS, groups=2))
-    with pytest.raises(ValueError, match="trainer.out must be a run folder, got None"):
+    with pytest.raises(ValueError, match="trainer.out is needed: a run folder"):
         Tracking(Noted(tmp_path), trainer)
 
 

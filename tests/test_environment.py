@@ -128,7 +128,7 @@ def test_the_settings_of_a_launcher_are_checked_for_one_process_too(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert cli.main(SHORT.split()) == 1
-    assert "ACCELERATE_MIXED_PRECISION" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert "ACCELERATE_MIXED_PRECISION" in capsys.readouterr().err and not list(tmp_path.glob("runs/*"))
 
 
 def test_use_cpu_is_honored(monkeypatch):

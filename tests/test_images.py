@@ -404,5 +404,5 @@ def test_two_processes_of_the_command_equal_one(folder, tmp_path, monkeypatch, s
 
 def test_processes_need_a_folder_that_all_know(tmp_path):
     status, _, errors = launch(tmp_path, 2, "train toy --iterations 1 --quiet")
-    assert status != 0 and "--out must be given where several processes train" in errors
+    assert status != 0 and "--out is needed: a folder that all processes know" in errors
     assert list(tmp_path.iterdir()) == []

@@ -19,6 +19,7 @@ from neighbor_grpo.remote import RemoteReward, RewardServer, portions
 from neighbor_grpo.rewards import make_rewards, parse_rewards
 
 CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
+NOBODY = f"http://127.0.0.1:{1:d}"  # where no server listens
 PICTURES, PROMPTS = torch.zeros(2, 3, 4, 4), ["a", "b"]
 
 
@@ -157,7 +158,7 @@ def test_an_answer_without_an_end_is_left_at_its_limit():
 
 @pytest.mark.parametrize("status", [301, 308, 400, 401, 403, 404, 413, 415, 422, 500, 501, 505])
 def test_a_status_that_stays_ends_it(status, capsys):
-    with Peer(answers(status, b'{"error": "no more\\nmemory\\u001b[31m"}', Location="http://127.0.0.1:1")) as peer:
+    with Peer(answers(status, b'{"error": "no more\\nmemory\\u001b[31m"}', Location=NOBODY)) as peer:
         with pytest.raises(RuntimeError, match=rf"status {status}: no more memory \[31m$"):
             ask(peer.url)
         assert len(peer.heads) == 1 and not capsys.readouterr().err
@@ -165,7 +166,7 @@ def test_a_status_that_stays_ends_it(status, capsys):
 
 @pytest.mark.parametrize("status", [202, 302, 303, 307, 408, 425, 429, 502, 503, 504, 520])
 def test_a_status_that_may_pass_is_one_line_and_another_attempt(status, capsys):
-    with Peer(answers(status, b"busy", Location="http://127.0.0.1:1"), answers()) as peer:
+    with Peer(answers(status, b"busy", Location=NOBODY), answers()) as peer:
         assert ask(peer.url).tolist() == [1.0, 2.0]
         lines = capsys.readouterr().err.splitlines()
         assert len(peer.heads) == 2 and len(lines) == 1
@@ -262,7 +263,7 @@ def test_private_authorities_are_taken_from_the_environment(trusted_server, tmp_
 
 def test_proxies_of_the_environment_are_ignored(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name, NOBODY)
     with Peer(answers()) as peer:
         assert ask(peer.url).tolist() == [1.0, 2.0]
 
@@ -311,7 +312,7 @@ def test_the_token_is_sent_where_it_belongs_and_written_nowhere(monkeypatch, cap
 @pytest.mark.parametrize("value", ["HID DEN", "HIDDEN\r\nX: y", "HIDD\u00c9N"])
 def test_a_token_that_cannot_travel_is_refused_and_not_repeated(monkeypatch, value):
     monkeypatch.setenv(library.TOKEN, value)
-    for call in (lambda: ask("http://127.0.0.1:1"), lambda: RewardServer(len)):
+    for call in (lambda: ask(NOBODY), lambda: RewardServer(len)):
         with pytest.raises(ValueError, match="NEIGHBOR_GRPO_TOKEN must be printable ASCII") as error:
             call()
         assert "HID" not in str(error.value)
