@@ -120,7 +120,9 @@ def check_types(
         if get_origin(hint) is Literal: require(value in choices, name, value, f"one of {', '.join(choices)}")
         elif hint is bool: require(isinstance(value, bool), name, value, "True or False")
         elif hint is str: require(isinstance(value, str), name, value, "a text")
-        elif hint is int: require(number and isinstance(value, int) and abs(value) < 2**63, name, value, "an integer of 64 bits")
+        elif hint is int:
+            whole = number and isinstance(value, int)
+            require(whole and abs(value) < 2**63, name, value, "an integer" + " of at most 64 bits" * whole)
         else: require(number and math.isfinite(value), name, value, "a finite number")
 
 # %% ../nbs/09_algorithms.ipynb #f63d0163
