@@ -6,10 +6,10 @@
 __all__ = ['TASKS', 'LARGE', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_BYTES', 'MAX_DEPTH', 'COMMON', 'FILES', 'RUNNING',
            'PAPER_MODELS', 'STOPS', 'COMMANDS', 'task_classes', 'defaults_of', 'require_plain', 'Help', 'Parser',
            'recipes', 'read_yaml', 'flat_config', 'read_recipe', 'listed', 'overviews', 'train_parser', 'pick',
-           'read_command', 'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'launched', 'train',
-           'load_run', 'run_folder', 'evaluate', 'sample', 'save', 'bench_model', 'bench', 'read_variant',
-           'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview',
-           'draw_into_files', 'main']
+           'read_command', 'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes',
+           'launched', 'train', 'load_run', 'run_folder', 'evaluate', 'sample', 'save', 'bench_model', 'bench',
+           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable',
+           'overview', 'draw_into_files', 'main']
 
 # %% ../nbs/19_launch.ipynb #72081725
 import argparse
@@ -389,15 +389,18 @@ def given_back(
         raise
 
 
+def asked_processes() -> str:
+    "How many processes a launcher announces."
+    return os.environ.get("WORLD_SIZE") or "1"
+
+
 @contextmanager
 def launched(
     out: Path,  # run folder
     values: Namespace,  # of the command line
 ) -> Iterator[tuple]:  # `split` for the trainer, or None; what makes a callback for it
     "Join the processes that `accelerate launch` or torchrun started, and open the trackers; nothing where there is neither."
-    several = (os.environ.get("WORLD_SIZE") or "1") != "1"
-    allowed = "a folder that all processes know: WORLD_SIZE in the environment announces several"
-    require(values.out is not None or not several, "--out", values.out, allowed)
+    several = asked_processes() != "1"
     settings = any(name == "MASTER_ADDR" or name.startswith("ACCELERATE_") for name in os.environ)
     untracked = lambda trainer: nullcontext()
     if not several and not settings and not values.trackers:
@@ -419,6 +422,8 @@ def train(
 ) -> None:
     "Pretrain the base flow of a task, train it with an algorithm, and leave a run folder."
     name, (task_settings, algorithm, settings), values = read_command(argv)
+    allowed = "a folder that all processes know: WORLD_SIZE in the environment announces several"
+    require(values.out is not None or asked_processes() == "1", "--out", values.out, allowed)
     name_of_run = f"{name}-{values.algorithm}-seed{settings.seed}"
     new = not values.out or not Path(values.out).exists()
     out = Path(values.out) if values.out else new_folder(Path("runs") / name_of_run)
