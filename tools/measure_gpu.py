@@ -345,7 +345,7 @@ def shrunk(part):
         micro_batches: tiny | dict(most=5),
         recipe: dict(model="tiny-flux" if part.name == "flux" else "tiny", tiny=True),
     }
-    return replace(part, settings=part.settings | small[part.run], limit=60, least=0)
+    return replace(part, settings=part.settings | small[part.run], limit=600, least=0)
 
 
 # --- one process for each part ---
