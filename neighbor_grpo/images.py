@@ -121,7 +121,7 @@ def check_files(
 ) -> None:
     "Refuse prompt files that changed since the run began, or that are gone from where they were."
     anyway = f"; to go on with the copy in prompts.json, delete inputs.json in {folder}"
-    moved = inputs.get("folder") != os.path.abspath(folder)
+    moved = inputs.get("parent") != os.path.dirname(os.path.abspath(folder))
     for name in GIVEN if inputs else ():
         given, was = getattr(settings, name), inputs.get(name)
         require(was is not None or not given, name, given, f"left out, as when the run began{anyway}")

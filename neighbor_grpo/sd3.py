@@ -215,7 +215,8 @@ def write_inputs(
     if Path(place).is_dir(): kept["files"] = fingerprints(Path(place), {})
     else: kept["revision"] = Path(try_to_load_from_cache(place, "model_index.json") or "").parent.name
     make_folder(path.parent)
-    write_atomically(path, json.dumps(seal(dict(source=kept, folder=os.path.abspath(folder), **more)), indent=1))
+    content = dict(source=kept, parent=os.path.dirname(os.path.abspath(folder)), **more)
+    write_atomically(path, json.dumps(seal(content), indent=1))
 
 
 def check_source(

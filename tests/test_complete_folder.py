@@ -248,3 +248,11 @@ def test_a_file_that_gives_prompts_to_evaluation_says_so(place, capsys):
     ImagesTask(ImagesSettings(**settings), place / "new")
     ImagesTask(ImagesSettings(**settings, held_out="h.txt"), place / "other")
     assert "held out" not in capsys.readouterr().err
+
+
+def test_equal_runs_side_by_side_leave_equal_documents(place):
+    "What a folder says of its run does not depend on its own name."
+    for name in ("run", "again"):
+        train("--prompts", "p.txt", "--out", name)
+    for name in ("config.json", "prompts.json", "inputs.json", "checkpoints/000001/state.json"):
+        assert (place / "run" / name).read_bytes() == (place / "again" / name).read_bytes(), name
