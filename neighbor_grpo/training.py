@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'ROWS', 'Task', 'TrainSettings', 'choose_prompts', 'merged',
            'average_gradients', 'put_together', 'split_as', 'flat_optimizer', 'load_optimizer', 'flat_state',
-           'put_state', 'Snapshot', 'snapshot_of', 'trained_state', 'load_trained', 'run_config', 'Trainer',
-           'save_picture', 'plot_run', 'draw_panels']
+           'put_state', 'Snapshot', 'snapshot_of', 'trained_state', 'load_trained', 'run_config', 'as_numbers',
+           'Trainer', 'save_picture', 'plot_run', 'draw_panels', 'Checkpoints', 'append_row', 'check_config', 'gather',
+           'kept', 'open_run', 'read_config', 'read_rows', 'world', 'write_atomically']
 
 # %% ../nbs/10_training.ipynb #77cc7e19
 import copy
@@ -37,8 +38,12 @@ from .flow import Velocity, randn, require, seeded
 from .folder import (Checkpoints, append_row, check_config, first_alone, gather, held, kept, load_tensors,
                                   make_folder, open_run, save_tensors, settled_rows, sync_folder, to_line,
                                   without_clock, world, write_atomically)
-from .folder import read_config, read_rows  # noqa: F401  # who has a trainer reads its folder
+from .folder import read_config, read_rows  # noqa: F401
 from .grpo import SurrogateStats, check_rewards, combine_rewards
+
+# %% ../nbs/10_training.ipynb #9a2fca08
+_all_ = ["Checkpoints", "append_row", "check_config", "gather", "kept", "open_run", "read_config", "read_rows",
+         "world", "write_atomically"]  # who has a trainer reads its folder
 
 # %% ../nbs/10_training.ipynb #3d580bb2
 class Task(Protocol):
@@ -264,6 +269,17 @@ def run_config(
 # %% ../nbs/10_training.ipynb #55d94838
 ROWS = "metrics.jsonl", "eval.jsonl"  # of a run folder
 
+def as_numbers(
+    found: object,  # what a task's reward returned
+) -> Tensor:
+    "Rewards as a tensor of real numbers."
+    try: rewards = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError): rewards = None
+    good = rewards is not None and not rewards.is_complex()
+    require(good, "rewards", found, "real numbers, one for each sample")
+    return rewards
+
+
 class Trainer:
     "A run: policy, optimiser and average, one `step` an iteration, and the folder that remembers it."
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings(),
@@ -322,7 +338,7 @@ class Trainer:
     def score(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(P, M, *shape), (P,) -> (P, M)` rewards, checked; `(P, M, R)` where the task has R of them."
         groups, count = samples.shape[:2]
-        rewards = torch.as_tensor(self.task.reward(samples.flatten(0, 1), prompts.repeat_interleave(count)))
+        rewards = as_numbers(self.task.reward(samples.flatten(0, 1), prompts.repeat_interleave(count)))
         expected = (groups * count,)
         good = rewards.shape == expected or rewards.shape[:-1] == expected and rewards.shape[-1] > 1
         require(good, "rewards", f"shape {tuple(rewards.shape)}", f"of shape {expected}, one a sample, or {expected} x R > 1")
