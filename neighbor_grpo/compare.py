@@ -409,7 +409,7 @@ def in_processes(
     "Call each function in a process of its own, with one thread; what is left when this one ends, ends too."
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context, todo, running, failures = multiprocessing.get_context(kind), dict(work), {}, {}
-    if kind == "forkserver": context.set_forkserver_preload([__name__, "torch._dynamo"])  # imported once for all
+    if kind == "forkserver": context.set_forkserver_preload(["neighbor_grpo.orphans", __name__, "torch._dynamo"])  # imported once for all
     try:
         while todo or running:
             while todo and len(running) < jobs:

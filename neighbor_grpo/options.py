@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .flow import require
-from .grpo import check_rewards, group_advantages
+from .grpo import check_rewards, group_advantages, in_units
 
 # %% ../nbs/08a_options.ipynb #94f5a9d7
 def shape_advantages(
@@ -25,9 +25,11 @@ def shape_advantages(
     standard = group_advantages(rewards, eps)
     if scale == "batch":
         rewards = check_rewards(rewards)
+        rewards, unit = in_units(rewards, rewards.abs().amax())
         rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero, and stays so
         centred = rewards - rewards.mean(1, keepdim=True)
-        standard = centred / (centred.square().mean().sqrt() + eps)
+        spread = centred.square().mean().sqrt() + eps * unit
+        standard = centred / spread.clamp_min(torch.finfo(spread.dtype).tiny)
     return standard if power == 0 else standard.sign() * standard.abs() ** (1 + power)
 
 # %% ../nbs/08a_options.ipynb #c0453b1e

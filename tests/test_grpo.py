@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from neighbor_grpo.grpo import SurrogateStats, clipped_surrogate, combine_rewards, group_advantages
+from neighbor_grpo.options import shape_advantages
 
 sizes = st.tuples(st.integers(1, 4), st.integers(2, 9))
 rewards = sizes.flatmap(lambda size: arrays("float64", size, elements=st.floats(-100, 100))).map(torch.tensor)
@@ -35,10 +36,28 @@ def test_advantages_ignore_scale_and_offset(rewards, scale, offset):
     torch.testing.assert_close(group_advantages(scale * rewards + offset), group_advantages(rewards), atol=1e-4, rtol=0)
 
 
+@given(rewards, st.integers(-100, 110))
+def test_advantages_of_very_small_and_very_large_rewards_are_those_of_ordinary_ones(rewards, exponent):
+    assume(spread(rewards).min() > 0.1)
+    ordinary = rewards.float()
+    torch.testing.assert_close(
+        group_advantages(ordinary * 2.0**exponent), group_advantages(ordinary), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_advantages_stay_finite_up_to_the_largest_float(scale):
+    rewards = torch.tensor([[3.4e38, -3.4e38, 0.0], [0.0, 1e-3, 1e38]])
+    expected = shape_advantages(rewards / 2.0**100, scale=scale)
+    assert torch.isfinite(expected).all() and expected.abs().max() > 1
+    torch.testing.assert_close(shape_advantages(rewards, scale=scale), expected, atol=1e-5, rtol=0)
+
+
 @given(rewards)
 def test_advantages_are_an_affine_map_within_each_group(rewards):
     for group, advantages in zip(rewards, group_advantages(rewards), strict=True):
-        expected = (group - group.mean()) / (group.std(correction=0) + 1e-6)
+        exponent = torch.frexp(group.abs().max()).exponent.clamp(-126, 0).item()
+        expected = (group - group.mean()) / (group.std(correction=0) + 1e-6 * 2.0**exponent)
         torch.testing.assert_close(advantages, expected, atol=1e-6, rtol=1e-6)
 
 

@@ -1,0 +1,17 @@
+"""A comparison that is killed leaves nothing running, not even while its server of forks still imports."""
+
+import multiprocessing
+import sys
+
+import pytest
+
+from neighbor_grpo import compare
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_the_server_of_forks_is_tied_to_its_parent_before_it_imports_anything_else(monkeypatch):
+    context, imported = multiprocessing.get_context("forkserver"), []
+    monkeypatch.setattr(context, "set_forkserver_preload", imported.extend)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+    assert compare.in_processes({}, jobs=1) == {}
+    assert imported[0] == "neighbor_grpo.orphans"  # its page shows what that does
