@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from neighbor_grpo.scenes import BACKGROUND, COLOURS, SIZE
+from neighbor_grpo.tasks.scenes import BACKGROUND, COLOURS, SIZE
 
 PALETTE, GROUND = torch.tensor(list(COLOURS.values())), torch.tensor(BACKGROUND)
 FINE = 8  # points along a side of a pixel

@@ -1,4 +1,4 @@
-"""Runs one page from top to bottom: `python tests/page.py nbs/00_flow.ipynb` prints the seconds of each cell."""
+"""Runs one page from top to bottom: `python tests/page.py nbs/flow.ipynb` prints the seconds of each cell."""
 
 import os
 import sys

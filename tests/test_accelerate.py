@@ -19,9 +19,12 @@ from helpers import STRAYED, TinyTask, assert_same_outcome, outcome, strayed
 from tiny import tiny_flux, tiny_sd3
 from torch.distributed.fsdp import FSDPModule
 
-from neighbor_grpo import distributed
 from neighbor_grpo.algorithms import NeighborGRPO, take
-from neighbor_grpo.distributed import (
+from neighbor_grpo.flow import randn, seeded, time_grid
+from neighbor_grpo.models.flux import FluxPolicy, flux_text_of
+from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings, decode, encode_prompts
+from neighbor_grpo.runs import processes as distributed
+from neighbor_grpo.runs.processes import (
     TRACKERS,
     Tracking,
     check_environment,
@@ -31,9 +34,6 @@ from neighbor_grpo.distributed import (
     make_accelerator,
     splitter,
 )
-from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.flux import FluxPolicy, flux_text_of
-from neighbor_grpo.sd3 import SD3Policy, SD3Settings, decode, encode_prompts
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Trainer, TrainSettings, gather, read_rows, trained_state
 
@@ -439,7 +439,7 @@ def test_fewer_processes_than_announced_are_refused(monkeypatch):
 
 def test_a_launcher_that_starts_one_process_of_two_is_found_out(home, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("from neighbor_grpo.distributed import make_accelerator\nmake_accelerator('run')")
+    script.write_text("from neighbor_grpo.runs.processes import make_accelerator\nmake_accelerator('run')")
     asked = (
         "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     )

@@ -13,14 +13,14 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from neighbor_grpo.algorithms import SDEGRPO, Algorithm, DanceGRPO, FlowGRPO, NeighborGRPO, take
-from neighbor_grpo.digits import NULL, UNet
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
-from neighbor_grpo.mixed import MixGRPO, TempFlowGRPO
 from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.reweighting import quasi_norm
-from neighbor_grpo.rivals import ALGORITHMS
+from neighbor_grpo.rivals.mixed import MixGRPO, TempFlowGRPO
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
 from neighbor_grpo.solvers import METHODS, solve, step_response
+from neighbor_grpo.tasks.digits import NULL, UNet
 
 SHAPE = (3, 2, 2)
 SMALL = {

@@ -11,19 +11,15 @@ from tiny import tiny_sd3
 
 from neighbor_grpo.algorithms import DanceGRPO, FlowGRPO, NeighborGRPO, take
 from neighbor_grpo.anchors import distance_spread, sample_anchors, sample_subsets
-from neighbor_grpo.benchmark import CostTask, measure
 from neighbor_grpo.cli import main
-from neighbor_grpo.digits import DigitsSettings
-from neighbor_grpo.distributed import tracker_names
 from neighbor_grpo.flow import denoised, interpolate, randn, seeded, time_grid
-from neighbor_grpo.forward import VGRPO, DiffusionNFT, forward_times
 from neighbor_grpo.grpo import clipped_surrogate, combine_rewards, group_advantages
+from neighbor_grpo.lab.benchmark import CostTask, measure
 from neighbor_grpo.leaping import leaping_log_probs
-from neighbor_grpo.miniature import PretrainSettings, ScenesSettings, ScenesTask, pretrain
-from neighbor_grpo.mixed import MixGRPO, MixGRPOFlash, TempFlowGRPO
+from neighbor_grpo.models.miniature import PretrainSettings, ScenesSettings, ScenesTask, pretrain
+from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline
 from neighbor_grpo.neighbors import neighbor_noise
-from neighbor_grpo.options import chunk_means, equal_pull, extremes, shape_advantages
-from neighbor_grpo.rewards import (
+from neighbor_grpo.rewards.judges import (
     CLIPScore,
     Compressibility,
     RemoteReward,
@@ -33,12 +29,16 @@ from neighbor_grpo.rewards import (
     to_pictures,
 )
 from neighbor_grpo.reweighting import quasi_norm
-from neighbor_grpo.rivals import OPGRPO, TMPO
-from neighbor_grpo.scenes import Caption, Thing, all_captions, draw_layout, find, split_captions, verify
-from neighbor_grpo.sd3 import SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline
+from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, forward_times
+from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, TempFlowGRPO
+from neighbor_grpo.rivals.modifiers import chunk_means, equal_pull, extremes, shape_advantages
+from neighbor_grpo.rivals.trajectories import OPGRPO, TMPO
+from neighbor_grpo.runs.processes import tracker_names
 from neighbor_grpo.sde import cps, dance_sde, flow_sde, solve_sde
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.toy2d import ToySettings
+from neighbor_grpo.tasks.digits import DigitsSettings
+from neighbor_grpo.tasks.scenes import Caption, Thing, all_captions, draw_layout, find, split_captions, verify
+from neighbor_grpo.tasks.toy2d import ToySettings
 from neighbor_grpo.training import Checkpoints, Trainer, TrainSettings, read_config
 
 x, group = torch.zeros(3, 2), torch.zeros(3, 4, 2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from neighbor_grpo.cli import TASKS, defaults_of, main, task_classes
-from neighbor_grpo.rivals import ALGORITHMS
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
 from neighbor_grpo.training import Checkpoints, TrainSettings, read_rows
 
 TOY = "train toy --quiet --pretrain_steps 60 --eval_samples 100 --iterations 12 --groups 2 --group_size 4 --anchors 2"
@@ -211,7 +211,7 @@ def test_help_shows_every_setting_with_its_default_and_meaning(task, algorithm, 
 
 
 def test_help_of_pretrain_shows_every_setting_with_its_default_and_meaning(capsys):
-    from neighbor_grpo.miniature import PretrainSettings
+    from neighbor_grpo.models.miniature import PretrainSettings
 
     with suppress(SystemExit):
         assert main(["pretrain", "--help"]) == 0
@@ -252,7 +252,7 @@ def test_a_failing_reward_ends_in_one_line(tmp_path, monkeypatch, capsys):
     def fail(task, samples, prompts=None):
         raise ConnectionError("the reward server\nis gone")
 
-    monkeypatch.setattr("neighbor_grpo.toy2d.ToyTask.reward", fail)
+    monkeypatch.setattr("neighbor_grpo.tasks.toy2d.ToyTask.reward", fail)
     assert main([*TOY.split(), "--out", str(tmp_path / "run")]) == 1
     assert capsys.readouterr().err == "neighbor-grpo: ConnectionError: the reward server is gone\n"
 
@@ -270,7 +270,7 @@ def test_a_damaged_checkpoint_ends_in_one_line(run_folder, tmp_path, capsys):
 
 
 def test_serve_answers_until_it_is_stopped(tmp_path):
-    from neighbor_grpo.rewards import Compressibility, RemoteReward
+    from neighbor_grpo.rewards.judges import Compressibility, RemoteReward
 
     code = "import sys; from neighbor_grpo.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *"serve --rewards compressibility,0.5*compressibility --port 0".split()]

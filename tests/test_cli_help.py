@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from neighbor_grpo.cli import COMMANDS, TASKS, main, read_command, recipes, train_parser
-from neighbor_grpo.rivals import ALGORITHMS
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
 
 SHORT = "--pretrain_steps 2 --eval_samples 20 --iterations 2 --groups 2 --group_size 4 --anchors 2"
 
@@ -141,7 +141,7 @@ def test_quiet_says_the_figures_and_the_folder(tmp_path, capsys):
 def test_the_picture_of_the_toy_says_what_a_dot_is(monkeypatch):
     import matplotlib.pyplot as plt
 
-    import neighbor_grpo.toy2d as toy2d
+    import neighbor_grpo.tasks.toy2d as toy2d
 
     task = toy2d.ToyTask(toy2d.ToySettings(pretrain_steps=1), progress=False)
     collapsed = lambda x, t, cond=None: (x - task.mean) / t[:, None]  # every noise ends at the target

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from neighbor_grpo import compare
 from neighbor_grpo.algorithms import NeighborGRPO
 from neighbor_grpo.cli import main
-from neighbor_grpo.compare import Study, Variant, against, cost, interval, positions, progress_of, read_at, table
-from neighbor_grpo.rivals import ALGORITHMS
+from neighbor_grpo.lab import compare
+from neighbor_grpo.lab.compare import Study, Variant, against, cost, interval, positions, progress_of, read_at, table
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
 from neighbor_grpo.training import Trainer, TrainSettings
 
 SMALL = Variant("small", NeighborGRPO(group_size=4, anchors=2, steps=3, trained_steps=2), TrainSettings(groups=2))
@@ -279,7 +279,9 @@ HOST = """
 import json, multiprocessing, os, signal, sys, time
 import safetensors.torch, torch
 import torch._dynamo
-from neighbor_grpo import cli, compare, folder, training
+from neighbor_grpo import cli, training
+from neighbor_grpo.lab import compare
+from neighbor_grpo.runs import folder
 
 def event():
     with count.get_lock():

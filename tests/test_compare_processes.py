@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from neighbor_grpo import compare
+from neighbor_grpo.lab import compare
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
@@ -14,4 +14,4 @@ def test_the_server_of_forks_is_tied_to_its_parent_before_it_imports_anything_el
     monkeypatch.setattr(context, "set_forkserver_preload", imported.extend)
     monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
     assert compare.in_processes({}, jobs=1) == {}
-    assert imported[0] == "neighbor_grpo.orphans"  # its page shows what that does
+    assert imported[0] == "neighbor_grpo.lab.orphans"  # its page shows what that does

@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_sd3
 
-from neighbor_grpo import compare, images, sd3
 from neighbor_grpo.cli import main
-from neighbor_grpo.images import ImagesSettings, ImagesTask
-from neighbor_grpo.miniature import MINIATURE, ScenesSettings, ScenesTask
-from neighbor_grpo.sd3 import check_source, quiet, read_inputs, write_inputs
+from neighbor_grpo.lab import compare
+from neighbor_grpo.models import sd3
+from neighbor_grpo.models.miniature import MINIATURE, ScenesSettings, ScenesTask
+from neighbor_grpo.models.sd3 import check_source, quiet, read_inputs, write_inputs
+from neighbor_grpo.tasks import images
+from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask
 from neighbor_grpo.training import read_rows
 
 TEXTS = ["a cat", "two dogs", "a red bird", "a tree", "a house", "a fish"]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from neighbor_grpo import cost
 from neighbor_grpo.algorithms import DanceGRPO, NeighborGRPO
 from neighbor_grpo.cli import main
-from neighbor_grpo.cost import (
+from neighbor_grpo.lab import cost
+from neighbor_grpo.lab.cost import (
     MODELS,
     RandomTask,
     count_cost,
@@ -17,7 +17,7 @@ from neighbor_grpo.cost import (
     random_policy,
     timed_phases,
 )
-from neighbor_grpo.sd3 import SD3Settings
+from neighbor_grpo.models.sd3 import SD3Settings
 from neighbor_grpo.training import Trainer, TrainSettings
 
 TINY_FLUX = dict(in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2)

@@ -7,7 +7,8 @@ import torch
 from helpers import weights
 
 from neighbor_grpo.algorithms import NeighborGRPO
-from neighbor_grpo.digits import (
+from neighbor_grpo.flow import randn, seeded
+from neighbor_grpo.tasks.digits import (
     NULL,
     Classifier,
     DigitsSettings,
@@ -20,7 +21,6 @@ from neighbor_grpo.digits import (
     mosaic,
     train_classifier,
 )
-from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.training import Trainer, TrainSettings
 
 FIGURES = {"reward", "judge", "frechet", "diversity"}
@@ -88,8 +88,8 @@ def test_classifiers_recognise_the_half_they_have_not_seen(folder):
 def test_reward_model_and_judge_see_nothing_of_each_other(folder, monkeypatch):
     seen, (images, _) = [], load_images()
     record = lambda network, images, labels, **more: (seen.append(images), network)[1]
-    monkeypatch.setattr("neighbor_grpo.digits.train_classifier", record)
-    monkeypatch.setattr("neighbor_grpo.digits.train_flow", lambda network, *more, **options: (network, []))
+    monkeypatch.setattr("neighbor_grpo.tasks.digits.train_classifier", record)
+    monkeypatch.setattr("neighbor_grpo.tasks.digits.train_flow", lambda network, *more, **options: (network, []))
     DigitsTask(progress=False)
     keys = [{tuple(image.flatten().tolist()) for image in part} for part in seen]
     assert len(keys) == 2 and not keys[0] & keys[1]
@@ -97,7 +97,7 @@ def test_reward_model_and_judge_see_nothing_of_each_other(folder, monkeypatch):
 
 
 def test_pretraining_follows_from_its_seed_alone(monkeypatch):
-    monkeypatch.setattr("neighbor_grpo.digits.train_classifier", lambda network, *more, **options: network)
+    monkeypatch.setattr("neighbor_grpo.tasks.digits.train_classifier", lambda network, *more, **options: network)
     tasks = []
     for seed in (0, 0, 1):
         torch.rand(3 + len(tasks))

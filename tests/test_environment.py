@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from neighbor_grpo import cli, distributed
+from neighbor_grpo import cli
 from neighbor_grpo.algorithms import NeighborGRPO
-from neighbor_grpo.distributed import CHECKED, check_environment, check_world, make_accelerator, tracker_names
 from neighbor_grpo.grpo import SurrogateStats
-from neighbor_grpo.images import choose_device
-from neighbor_grpo.rivals import ALGORITHMS
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
+from neighbor_grpo.runs import processes as distributed
+from neighbor_grpo.runs.processes import CHECKED, check_environment, check_world, make_accelerator, tracker_names
+from neighbor_grpo.tasks.images import choose_device
 
 SHORT = "train toy --pretrain_steps 2 --iterations 1 --groups 2 --group_size 4 --steps 3 --trained_steps 1 --quiet"
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from neighbor_grpo.algorithms import NeighborGRPO
 from neighbor_grpo.flow import randn, seeded
-from neighbor_grpo.rivals import ALGORITHMS
-from neighbor_grpo.sd3 import SD3Policy, SD3Settings
+from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
 from neighbor_grpo.training import Trainer, TrainSettings
 
 

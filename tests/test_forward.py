@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from neighbor_grpo.algorithms import Algorithm, NeighborGRPO
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.forward import VGRPO, DiffusionNFT, ForwardProcess, forward_times
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
+from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, ForwardProcess, forward_times
 from neighbor_grpo.solvers import METHODS, solve
-from neighbor_grpo.toy2d import ToySettings, ToyTask
+from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
 from neighbor_grpo.training import Trainer, TrainSettings
 
 SHAPE = (3, 2, 2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from neighbor_grpo.grpo import SurrogateStats, clipped_surrogate, combine_rewards, group_advantages
-from neighbor_grpo.options import shape_advantages
+from neighbor_grpo.rivals.modifiers import shape_advantages
 
 sizes = st.tuples(st.integers(1, 4), st.integers(2, 9))
 rewards = sizes.flatmap(lambda size: arrays("float64", size, elements=st.floats(-100, 100))).map(torch.tensor)

@@ -16,11 +16,15 @@ from safetensors.torch import load_file
 from test_algorithms import SMALL
 from tiny import tiny_flux, tiny_sd3
 
-from neighbor_grpo import images, sd3
 from neighbor_grpo.algorithms import NeighborGRPO
 from neighbor_grpo.cli import main, read_command, read_recipe, recipes
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.images import (
+from neighbor_grpo.models import sd3
+from neighbor_grpo.models.sd3 import encode_prompts, open_pipeline, quiet
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
+from neighbor_grpo.solvers import solve
+from neighbor_grpo.tasks import images
+from neighbor_grpo.tasks.images import (
     FluxTask,
     ImagesSettings,
     ImagesTask,
@@ -29,9 +33,6 @@ from neighbor_grpo.images import (
     read_prompts,
     split_prompts,
 )
-from neighbor_grpo.rivals import ALGORITHMS
-from neighbor_grpo.sd3 import encode_prompts, open_pipeline, quiet
-from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Trainer, TrainSettings, read_rows, trained_state
 
 PROMPTS = ["a cat", "two dogs", "a red bird", "a tree", "a house"]

@@ -7,8 +7,8 @@ import torch
 import transformers
 from PIL import Image
 
-from neighbor_grpo import rewards as library
-from neighbor_grpo.rewards import (
+from neighbor_grpo.rewards import judges as library
+from neighbor_grpo.rewards.judges import (
     CLIPScore,
     Compressibility,
     HPSv21,

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from neighbor_grpo import distributed
-from neighbor_grpo.distributed import make_accelerator
+from neighbor_grpo.runs import processes as distributed
+from neighbor_grpo.runs.processes import make_accelerator
 
 WORKER = """
 import os, time, threading
-from neighbor_grpo.distributed import end_with_launcher
+from neighbor_grpo.runs.processes import end_with_launcher
 end_with_launcher(0.05)
 assert threading.active_count() == 2
 print(os.getpid(), flush=True)

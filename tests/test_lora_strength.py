@@ -9,8 +9,8 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
 
-from neighbor_grpo.flux import FluxPolicy
-from neighbor_grpo.sd3 import ADAPTER, SD3Policy, SD3Settings, lora_tensors, quiet, save_policy
+from neighbor_grpo.models.flux import FluxPolicy
+from neighbor_grpo.models.sd3 import ADAPTER, SD3Policy, SD3Settings, lora_tensors, quiet, save_policy
 
 CASES = {
     "sd3": (lambda: tiny_sd3(dual=True), SD3Policy, dict(lora_dual=True), "transformer_blocks.0.attn2.to_q"),

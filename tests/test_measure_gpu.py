@@ -15,11 +15,19 @@ import torch
 import yaml
 
 import measure_gpu
-from neighbor_grpo import benchmark, cost
 from neighbor_grpo.algorithms import DanceGRPO, NeighborGRPO
-from neighbor_grpo.benchmark import StreamTime
-from neighbor_grpo.cost import RandomTask, gpu_markdown, gpu_tables, gradient_fits, largest_fit, summary, timed_rounds
-from neighbor_grpo.sd3 import SD3Settings
+from neighbor_grpo.lab import benchmark, cost
+from neighbor_grpo.lab.benchmark import StreamTime
+from neighbor_grpo.lab.cost import (
+    RandomTask,
+    gpu_markdown,
+    gpu_tables,
+    gradient_fits,
+    largest_fit,
+    summary,
+    timed_rounds,
+)
+from neighbor_grpo.models.sd3 import SD3Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["NeighborGRPO", "TempFlowGRPO", "FlowGRPO", "DiffusionNFT", "DanceGRPO"]
@@ -72,7 +80,7 @@ def test_page_shows_every_table(folder, tmp_path):
     assert shown.count("| 512 |") == 5 and "the same bits" in shown and strict(one(folder, ".json"))["card"] in shown
     assert gpu_tables(tmp_path) == gpu_tables(tmp_path / "none")
     assert gpu_tables(tmp_path).startswith("No table has been measured")
-    page = json.loads((ROOT / "nbs" / "18a_cost.ipynb").read_text(encoding="utf-8"))
+    page = json.loads((ROOT / "nbs" / "lab/cost.ipynb").read_text(encoding="utf-8"))
     assert 'Markdown(gpu_tables("results/gpu"))' in ["".join(cell["source"]) for cell in page["cells"]]
 
 

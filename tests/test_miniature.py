@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-from neighbor_grpo import miniature
 from neighbor_grpo.algorithms import DanceGRPO, FlowGRPO, NeighborGRPO
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.miniature import (
+from neighbor_grpo.models import miniature
+from neighbor_grpo.models.miniature import (
     KINDS,
     LENGTH,
     MINIATURE,
@@ -50,9 +50,9 @@ from neighbor_grpo.miniature import (
     with_networks,
     within,
 )
-from neighbor_grpo.scenes import all_captions, draw_layout, render, split_captions, verify, words
-from neighbor_grpo.sd3 import SD3Policy, decode, encode_prompts, open_pipeline, quiet
+from neighbor_grpo.models.sd3 import SD3Policy, decode, encode_prompts, open_pipeline, quiet
 from neighbor_grpo.solvers import solve
+from neighbor_grpo.tasks.scenes import all_captions, draw_layout, render, split_captions, verify, words
 from neighbor_grpo.training import Trainer, TrainSettings, read_rows
 
 PACKAGED = pytest.mark.skipif(not MINIATURE.exists(), reason="the package has no pretrained pipeline yet")

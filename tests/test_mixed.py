@@ -14,7 +14,7 @@ from torch.distributions import Normal
 from neighbor_grpo.algorithms import SDEGRPO, States
 from neighbor_grpo.flow import denoised, implied_noise, randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats
-from neighbor_grpo.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO, chain
+from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO, chain
 from neighbor_grpo.sde import cps
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Trainer, TrainSettings

@@ -7,10 +7,12 @@ from pathlib import Path
 import page
 import pytest
 
+import pages
+
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+NOTEBOOKS = [ROOT / "nbs" / name for name in pages.notebooks(ROOT / "nbs")]
 # Evidence that the library does not rest on, and what test_miniature.py and test_accelerate.py guard as well.
-SLOW = {"13b_gradients", "16a_miniature", "16b_stability", "17b_distributed"}
+SLOW = {"lab/gradients", "models/miniature", "lab/stability", "runs/processes"}
 LIMIT = 600  # seconds; pages are written to take one minute at most, a busy machine may take longer
 
 
@@ -25,11 +27,11 @@ def server():
 def workplace(notebook, folder):
     "A copy of the notebook beside the files that pages refer to, so that what it writes stays out of the checkout."
     shutil.copy(ROOT / "settings.ini", folder)
-    copy = folder / "nbs"
-    copy.mkdir()
-    for path in (ROOT / "nbs").iterdir():
-        if path.is_dir() and path.name[0] not in "._":
-            shutil.copytree(path, copy / path.name)
+    for name in ("images", "results"):
+        shutil.copytree(ROOT / "nbs" / name, folder / "nbs" / name)
+    inside = notebook.is_relative_to(ROOT)
+    copy = folder / (notebook.relative_to(ROOT) if inside else f"nbs/{notebook.name}")
+    copy.parent.mkdir(exist_ok=True)
     return shutil.copy(notebook, copy)
 
 
@@ -47,11 +49,17 @@ def run_notebook(server, notebook, folder):
     return report.read_text()
 
 
+def name_of(notebook):
+    "Its path in `nbs`: the name of its test."
+    return notebook.relative_to(ROOT / "nbs").with_suffix("").as_posix()
+
+
 def test_there_are_notebooks():
-    assert SLOW < {path.stem for path in NOTEBOOKS}
+    assert SLOW < {name_of(path) for path in NOTEBOOKS}
 
 
-PAGES = [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SLOW)) for path in NOTEBOOKS]
+NAMED = [(path, name_of(path)) for path in NOTEBOOKS]
+PAGES = [pytest.param(path, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for path, name in NAMED]
 
 
 @pytest.mark.parametrize("notebook", PAGES)
@@ -65,14 +73,14 @@ def test_a_broken_page_says_where(server, tmp_path):
     "The cell's number, its source, the line, the error."
     import nbformat
 
-    book = nbformat.read(ROOT / "nbs" / "03_grpo.ipynb", 4)
+    book = nbformat.read(ROOT / "nbs" / "grpo.ipynb", 4)
     broken = "def half(x):\n    assert x % 2 == 0, f'{x} is odd'\n    return x // 2\n\nhalf(3)"
     book.cells = [*book.cells[:2], nbformat.v4.new_code_cell(broken)]
-    nbformat.write(book, tmp_path / "03_broken.ipynb")
+    nbformat.write(book, tmp_path / "broken.ipynb")
     folder = tmp_path / "place"
     folder.mkdir()
-    failed = run_notebook(server, tmp_path / "03_broken.ipynb", folder)
+    failed = run_notebook(server, tmp_path / "broken.ipynb", folder)
     head, *rest = failed.splitlines()
-    assert head == "03_broken.ipynb, cell 2, line 5: AssertionError: 3 is odd"
+    assert head == "broken.ipynb, cell 2, line 5: AssertionError: 3 is odd"
     assert "   5  half(3)" in rest and any("line 2, in half" in line for line in rest)
     assert "execnb" not in failed and "site-packages" not in failed

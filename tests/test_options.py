@@ -12,9 +12,9 @@ from torch.distributions import Normal
 
 from neighbor_grpo.algorithms import SDEGRPO, Algorithm, DanceGRPO, FlowGRPO, NeighborGRPO
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.forward import ForwardProcess
 from neighbor_grpo.grpo import SurrogateStats, clipped_surrogate, combine_rewards, group_advantages
-from neighbor_grpo.options import chunk_means, equal_pull, extremes, guarded, shape_advantages
+from neighbor_grpo.rivals.forward import ForwardProcess
+from neighbor_grpo.rivals.modifiers import chunk_means, equal_pull, extremes, guarded, shape_advantages
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Trainer, TrainSettings
 

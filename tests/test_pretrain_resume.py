@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from neighbor_grpo import miniature, training
-from neighbor_grpo.digits import DigitsSettings, DigitsTask
+from neighbor_grpo import training
 from neighbor_grpo.flow import VelocityMLP, eight_gaussians, train_flow
-from neighbor_grpo.folder import read_rows
-from neighbor_grpo.miniature import PretrainSettings, pretrain
-from neighbor_grpo.toy2d import ToySettings, ToyTask
+from neighbor_grpo.models import miniature
+from neighbor_grpo.models.miniature import PretrainSettings, pretrain
+from neighbor_grpo.runs.folder import read_rows
+from neighbor_grpo.tasks.digits import DigitsSettings, DigitsTask
+from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
 from neighbor_grpo.training import Snapshot, snapshot_of
 
 DATA = lambda generator: (eight_gaussians(32, generator), None)
@@ -82,7 +83,7 @@ def test_a_damaged_snapshot_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", TASKS)
 def test_a_task_goes_on_with_its_pretraining(name, tmp_path, kill, monkeypatch):
     task, settings = TASKS[name]
-    monkeypatch.setattr("neighbor_grpo.digits.train_classifier", lambda network, *data, **more: network)
+    monkeypatch.setattr("neighbor_grpo.tasks.digits.train_classifier", lambda network, *data, **more: network)
     whole = task(settings, tmp_path / "whole", progress=False)
     kill(3)
     with pytest.raises(KeyboardInterrupt):

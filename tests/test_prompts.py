@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from neighbor_grpo.prompts import FORMATS, read_prompts
+from neighbor_grpo.tasks.prompts import FORMATS, read_prompts
 
 # Every character of Unicode but the halves of surrogate pairs and NUL, and those that readers trip over more often.
 LETTERS = st.characters(blacklist_categories=("Cs",), blacklist_characters="\0")
@@ -138,7 +138,7 @@ def test_fields_may_be_long(kind, tmp_path):
 
 def test_the_locale_of_the_machine_does_not_matter(tmp_path):
     (tmp_path / "a.txt").write_bytes("ein Käse\n日本\n".encode())
-    script = f"import neighbor_grpo.prompts as p; print(ascii(p.read_prompts({str(tmp_path / 'a.txt')!r})))"
+    script = f"import neighbor_grpo.tasks.prompts as p; print(ascii(p.read_prompts({str(tmp_path / 'a.txt')!r})))"
     environment = os.environ | dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == ascii(["ein Käse", "日本"]), done.stderr

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from neighbor_grpo.flow import randn, seeded
-from neighbor_grpo.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar
-from neighbor_grpo.rivals import TMPO
+from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar
+from neighbor_grpo.rivals.trajectories import TMPO
 
 
 def still(x, t, cond=None):

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from neighbor_grpo import remote as library
-from neighbor_grpo.remote import RemoteReward, RewardServer, portions
-from neighbor_grpo.rewards import make_rewards, parse_rewards
+from neighbor_grpo.rewards import remote as library
+from neighbor_grpo.rewards.judges import make_rewards, parse_rewards
+from neighbor_grpo.rewards.remote import RemoteReward, RewardServer, portions
 
 CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
 NOBODY = f"http://127.0.0.1:{1:d}"  # where no server listens

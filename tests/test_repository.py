@@ -14,13 +14,16 @@ from pathlib import Path
 
 import pytest
 
+import pages
+
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "neighbor_grpo"
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(path for path in LIBRARY.glob("*.py") if not path.stem.startswith("_"))
+NOTEBOOKS = pages.notebooks(ROOT / "nbs")
+MODULES = sorted(path for path in LIBRARY.rglob("*.py") if not path.stem.startswith("_"))
 
 # Modules of the larger rungs, which are imported only when they are asked for, and may need what extras install.
-LARGE = {"cost", "distributed", "flux", "images", "miniature", "remote", "rewards", "sd3"}
+LARGE = {"lab.cost", "models.flux", "models.miniature", "models.sd3", "rewards.judges", "rewards.remote"}
+LARGE |= {"runs.processes", "tasks.images"}
 # What takes seconds to import, or what a plain install does not bring: the other modules must not even try.
 FORBIDDEN = (
     "diffusers transformers peft accelerate torchvision torchaudio sentencepiece ftfy open_clip hpsv2 "
@@ -29,7 +32,8 @@ FORBIDDEN = (
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MAX_FUNCTION = 40  # lines of code in a function
 # The method, its rivals and their training are meant to be read in an hour; tasks, comparison and commands in another.
-TOOLS = {"benchmark", "cli", "compare", "digits", "folder", "prompts", "scenes", "toy2d"}
+TOOLS = {"cli", "lab.benchmark", "lab.compare", "runs.folder"}
+TOOLS |= {"tasks.digits", "tasks.prompts", "tasks.scenes", "tasks.toy2d"}
 MAX_METHOD, MAX_LIBRARY = 1700, 3800  # lines of code
 
 
@@ -39,6 +43,11 @@ def run(*command, cwd=ROOT, **environment):
     process = subprocess.run(command, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
     assert process.returncode == 0, f"{' '.join(map(str, command))}\n{process.stdout}\n{process.stderr}"
     return process.stdout
+
+
+def dotted(path):
+    "The name of a module in the library."
+    return ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
 
 
 def copy_of_checkout(folder):
@@ -72,7 +81,7 @@ def tracked_text():
 def export(folder):
     "The library as the notebooks export it now."
     copy_of_checkout(folder)
-    for path in (folder / "neighbor_grpo").glob("*.py"):
+    for path in (folder / "neighbor_grpo").rglob("*.py"):
         if path.stem != "__init__":
             path.unlink()
     run(sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()", cwd=folder)
@@ -81,22 +90,22 @@ def export(folder):
 
 def test_modules_are_what_the_notebooks_export(tmp_path):
     exported = export(tmp_path)
-    wanted = {path.name: path.read_bytes() for path in exported.glob("*.py")}
-    present = {path.name: path.read_bytes() for path in LIBRARY.glob("*.py")}
+    wanted = {path.relative_to(exported).as_posix(): path.read_bytes() for path in exported.rglob("*.py")}
+    present = {path.relative_to(LIBRARY).as_posix(): path.read_bytes() for path in LIBRARY.rglob("*.py")}
     assert sorted(present) == sorted(wanted), "modules without notebook, or not exported: run nbdev_export"
     stale = sorted(name for name in wanted if present[name] != wanted[name])
     assert not stale, f"run nbdev_export, these differ from their notebooks: {stale}"
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_notebook_is_clean(notebook):
     from execnb.nbio import nb2str
     from nbdev.clean import clean_nb
 
-    written = notebook.read_text(encoding="utf-8")
+    written = (ROOT / "nbs" / notebook).read_text(encoding="utf-8")
     cells = json.loads(written)
     clean_nb(cells, clean_ids=True)
-    assert nb2str(cells) == written, f"run nbdev_clean --fname nbs/{notebook.name}"
+    assert nb2str(cells) == written, f"run nbdev_clean --fname nbs/{notebook}"
 
 
 def test_readme_is_the_landing_page():
@@ -117,7 +126,6 @@ def test_quarto_configuration_is_shared():
 
 def test_version_is_the_same_everywhere():
     import neighbor_grpo
-    import pages
 
     version = pages.settings(ROOT)["version"]
     assert neighbor_grpo.__version__ == version
@@ -176,8 +184,6 @@ def test_documentation(tmp_path):
 
 
 def test_equations_were_checked():
-    import pages
-
     if pages.katex_missing():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(pages.katex_missing())
 
@@ -224,11 +230,11 @@ def docstrings(tree):
 
 def library_size():
     "Lines of code by module."
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in MODULES}
+    sources = {dotted(path): path.read_text(encoding="utf-8") for path in MODULES}
     return {name: len(code_lines(source, docstrings=docstrings(ast.parse(source)))) for name, source in sources.items()}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_functions_are_short(path):
     source = path.read_text(encoding="utf-8")
     lengths = {
@@ -242,7 +248,7 @@ def test_library_reads_in_an_hour(record_property):
     sizes = library_size()
     total = sum(sizes.values())
     record_property("library_size", total)
-    print(*(f"{name:14}{lines:6}" for name, lines in sizes.items()), f"{'total':14}{total:6}", sep="\n")
+    print(*(f"{name:20}{lines:6}" for name, lines in sizes.items()), f"{'total':20}{total:6}", sep="\n")
     core = {name: lines for name, lines in sizes.items() if name not in LARGE}
     method = sum(lines for name, lines in core.items() if name not in TOOLS)
     assert method <= MAX_METHOD and sum(core.values()) <= MAX_LIBRARY, (
@@ -265,7 +271,7 @@ for module in {modules!r}:
 
 
 def test_library_imports_quickly(tmp_path):
-    modules = ["neighbor_grpo", *(f"neighbor_grpo.{path.stem}" for path in MODULES if path.stem not in LARGE)]
+    modules = ["neighbor_grpo", *(f"neighbor_grpo.{name}" for name in map(dotted, MODULES) if name not in LARGE)]
     script = BLOCK.format(forbidden=FORBIDDEN, modules=modules)
     run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(ROOT))
 
@@ -281,25 +287,42 @@ def imported(path):
     return names - set(sys.stdlib_module_names) - {"neighbor_grpo"}
 
 
+def own_imports(path):
+    "The modules of this library that a module imports at its top."
+    package = ["neighbor_grpo", *path.relative_to(LIBRARY).parent.parts]
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[1 : len(package) - node.level + 1], *filter(None, [node.module])]
+            yield from (".".join(base + more) for more in ([], *([alias.name] for alias in node.names)))
+
+
+def test_modules_import_only_what_earlier_pages_export():
+    "In the order of the sidebar."
+    books = [pages.read_notebook(ROOT / "nbs" / name) for name in pages.reading_order()]
+    exports = [re.findall(r"^#\| default_exp (\S+)", cell["source"]) for book in books for cell in book["cells"]]
+    order = [name for names in exports for name in names]
+    assert sorted(order) == sorted(map(dotted, MODULES))
+    for path in MODULES:
+        earlier = order[: order.index(dotted(path))]
+        later = [name for name in own_imports(path) if name not in earlier and name in order]
+        assert not later, f"{dotted(path)} imports {later}, whose pages come later"
+
+
 def requirement_names(text):
     return {re.match(r"[\w.-]+", requirement).group(0).lower() for requirement in text.split()}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
 def test_imports_are_declared(path):
-    import pages
-
     settings = pages.settings(ROOT)
     declared = requirement_names(settings["requirements"])
-    if path.stem in LARGE:
+    if dotted(path) in LARGE:
         declared |= requirement_names(settings["extra_sd3"] + " " + settings["extra_rewards"])
     undeclared = {DISTRIBUTIONS.get(name, name).lower() for name in imported(path)} - declared
     assert not undeclared, f"{path.name} imports what settings.ini does not require: {undeclared}"
 
 
 def test_nothing_requires_torchvision():
-    import pages
-
     assert not [value for value in pages.settings(ROOT).values() if re.search(r"(?<!never )\btorchvision\b", value)]
     assert "torchvision" not in {distribution.name for distribution in importlib.metadata.distributions()}
 

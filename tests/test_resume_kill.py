@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from helpers import assert_same_outcome, differences
 
-from neighbor_grpo.digits import Classifier, UNet
+from neighbor_grpo.tasks.digits import Classifier, UNet
 
 SETTINGS = """--quiet --pretrain_steps 20 --eval_samples 64 --eval_every 5 --checkpoint_every 1 --updates 2
     --groups 2 --group_size 4 --anchors 2 --trained_steps 2 --steps 4 --lr 1e-3 --ema 0.9 --kl_weight 0.05"""
@@ -25,8 +25,9 @@ HOST = """
 import json, os, sys, time
 import safetensors.torch, torch
 import torch._dynamo  # which AdamW imports: once for all processes
-from neighbor_grpo import cli, folder
-from neighbor_grpo.digits import DigitsTask
+from neighbor_grpo import cli
+from neighbor_grpo.runs import folder
+from neighbor_grpo.tasks.digits import DigitsTask
 
 def save_in_pieces(tensors, path):
     whole = safetensors.torch.save(tensors)

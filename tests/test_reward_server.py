@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from neighbor_grpo import remote as library
-from neighbor_grpo.remote import RemoteReward, RewardServer, pack
+from neighbor_grpo.rewards import remote as library
+from neighbor_grpo.rewards.remote import RemoteReward, RewardServer, pack
 
 PICTURES = [Image.new("RGB", (4, 4), (k, 0, 0)) for k in range(3)]
 GOOD = pack(PICTURES, ["a", "b", "c"], "7")
@@ -256,7 +256,7 @@ def test_an_address_that_is_not_free_is_named():
 
 SERVE = """
 import sys, time
-from neighbor_grpo.remote import RewardServer
+from neighbor_grpo.rewards.remote import RewardServer
 def judge(pictures, prompts):
     print("begun", flush=True)
     time.sleep(float(sys.argv[1]))

@@ -28,10 +28,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from neighbor_grpo import rewards as library
 from neighbor_grpo.algorithms import NeighborGRPO
 from neighbor_grpo.grpo import combine_rewards
-from neighbor_grpo.rewards import (
+from neighbor_grpo.rewards import judges as library
+from neighbor_grpo.rewards.judges import (
     Aesthetic,
     CLIPScore,
     Compressibility,
@@ -950,7 +950,7 @@ def test_training_through_faults_is_bit_identical(tmp_path):
 
 SERVE = """
 import sys
-from neighbor_grpo.remote import Compressibility, RewardServer
+from neighbor_grpo.rewards.remote import Compressibility, RewardServer
 assert "transformers" not in sys.modules  # may be another version there, or none
 server = RewardServer(Compressibility(), port=int(sys.argv[1]))
 print(server.server_port, flush=True)

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 from neighbor_grpo.algorithms import Algorithm, FlowGRPO
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
-from neighbor_grpo.rivals import ALGORITHMS, OPGRPO, TMPO, best_of_each
+from neighbor_grpo.rivals.trajectories import ALGORITHMS, OPGRPO, TMPO, best_of_each
 from neighbor_grpo.training import Trainer, TrainSettings
 
 SHAPE = (3, 2, 2)

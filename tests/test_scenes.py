@@ -12,7 +12,7 @@ from malformed import GROUND, PALETTE, TRUE, coloured, cover, gallery, perturbed
 from scipy import ndimage
 
 from neighbor_grpo.flow import seeded
-from neighbor_grpo.scenes import (
+from neighbor_grpo.tasks.scenes import (
     COLOURS,
     EXTENT,
     MOST,

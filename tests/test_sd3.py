@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neighbor_grpo.algorithms import NeighborGRPO, take
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.sd3 import (
+from neighbor_grpo.models.sd3 import (
     ADAPTER,
     SD3Policy,
     SD3Settings,

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
 
-from neighbor_grpo import images, sd3
 from neighbor_grpo.cli import main
-from neighbor_grpo.flux import FLUX, SD3
-from neighbor_grpo.images import ImagesSettings, ImagesTask, encode_and_drop, open_encoded
-from neighbor_grpo.sd3 import count_cut, encode_prompts, open_pipeline, quiet, save_policy
+from neighbor_grpo.models import sd3
+from neighbor_grpo.models.flux import FLUX, SD3
+from neighbor_grpo.models.sd3 import count_cut, encode_prompts, open_pipeline, quiet, save_policy
+from neighbor_grpo.tasks import images
+from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask, encode_and_drop, open_encoded
 
 CPU = torch.device("cpu")
 

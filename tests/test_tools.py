@@ -11,7 +11,7 @@ import pages
 PICTURE = [{"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}]
 FRONT = {"cell_type": "raw", "source": "---\ntitle: Solvers\ndescription: How to follow a flow\n---"}
 TITLE = {"cell_type": "markdown", "id": "t", "source": "# Solvers\n\n> How to follow a flow"}
-ONWARD = {"cell_type": "markdown", "id": "o", "source": "Next: [steps](02_sde.ipynb)."}
+ONWARD = {"cell_type": "markdown", "id": "o", "source": "Next: [steps](sde.ipynb)."}
 
 
 def prose(source):
@@ -25,8 +25,8 @@ def code(source, outputs=()):
 
 def site(*cells, title=TITLE, front=FRONT, last=ONWARD):
     "A site of two pages, the first of which holds `cells`."
-    page = lint_docs.Page("01_solvers.ipynb", [title, *cells, last], [front, *cells, last])
-    following = lint_docs.Page("02_sde.ipynb", [prose("## A step")], [prose("## A step\n\n## A step\n\n[]{#mark}")])
+    page = lint_docs.Page("solvers.ipynb", [title, *cells, last], [front, *cells, last])
+    following = lint_docs.Page("sde.ipynb", [prose("## A step")], [prose("## A step\n\n## A step\n\n[]{#mark}")])
     return lint_docs.Site(pages.ROOT, [page, following])
 
 
@@ -39,7 +39,7 @@ SOUND = [
     prose(
         "## A heading\n\n$x_t$ costs \\$5, `$HOME`\n\n$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$ {#eq-one}"
     ),
-    prose("See [up](#a-heading), @eq-one, [there](02_sde.ipynb#a-step-1), [mark](./02_sde.ipynb#mark), $f[x](y)$,"),
+    prose("See [up](#a-heading), @eq-one, [there](sde.ipynb#a-step-1), [mark](./sde.ipynb#mark), $f[x](y)$,"),
     prose("[paper](https://arxiv.org/abs/2511.16955), ![a dot](styles.css), `flow.py`, `torch.nothing`, `[no](link)`."),
     code('#| fig-alt: "a dot"\n#| echo: false\nplot()', PICTURE),
     code("#| exports\ndef f():\n    import math"),
@@ -67,7 +67,7 @@ BROKEN = [
     ("size", code("f()", 5 * [{"output_type": "stream", "name": "stdout", "text": "x" * (lint_docs.MAX_PAGE // 4)}])),
     ("link", prose("[gone](99_gone.ipynb)")),
     ("link", prose("[gone](#gone)")),
-    ("link", prose("[gone](02_sde.ipynb#gone)")),
+    ("link", prose("[gone](sde.ipynb#gone)")),
     ("link", prose("[published name](sde.html)")),
     ("link", prose("[odd](htp://example.org)")),
     ("link", prose("[split](https://example.org/a b)")),
@@ -77,7 +77,7 @@ BROKEN = [
     ("link", prose("by @eq-gone")),
     ("symbol", prose("`flow.no_such_function`")),
     ("symbol", prose("`neighbor_grpo.no_such_module.f()`")),
-    ("onward", prose("[back](00_flow.ipynb)")),
+    ("onward", prose("[back](flow.ipynb)")),
     ("equation", prose("$\\frac{a}$")),
     ("equation", prose("$$\na\n\nb\n$$")),
     ("equation", prose("it costs $5")),
@@ -97,6 +97,13 @@ def test_defect_is_found(kind, cell):
     exported = code("#| exports\nx = 1")
     last = cell if kind == "onward" else ONWARD
     assert findings(kind, exported, cell, last=last)
+
+
+@pytest.mark.parametrize("target, found", [("../sde.ipynb#mark", 0), ("../styles.css", 0), ("sde.ipynb", 1)])
+def test_links_are_relative_to_the_folder_of_their_page(target, found):
+    built = site()
+    inside = lint_docs.Page("lab/compare.ipynb", [], [prose(f"[there]({target})")])
+    assert len(list(lint_docs.CHECKS["link"](inside, built))) == found
 
 
 @pytest.mark.parametrize(
@@ -137,15 +144,15 @@ def test_heading_ids(heading, name):
 def test_names_and_order():
     order = pages.reading_order()
     assert order[0] == "index.ipynb"
-    assert pages.html_name("12_digits.ipynb") == "digits.html"
-    assert order[1:] == sorted(order[1:])
+    assert pages.html_name("tasks/Digits.ipynb") == "tasks/digits.html"
+    assert sorted(order) == pages.notebooks(pages.ROOT / "nbs")
 
 
 @pytest.mark.parametrize(
     "markdown, readme",
     [
-        ("[a](12_digits.ipynb)", "[a](nbs/12_digits.ipynb)"),
-        ("[a](./00_flow.ipynb#symbols)", "[a](nbs/00_flow.ipynb)"),
+        ("[a](tasks/digits.ipynb)", "[a](nbs/tasks/digits.ipynb)"),
+        ("[a](./flow.ipynb#symbols)", "[a](nbs/flow.ipynb)"),
         ("![dots](images/dots.png){width=50%}", "![dots](nbs/images/dots.png)"),
         ("[l](https://github.com/neighbor-grpo/neighbor_grpo/blob/main/LICENSE)", "[l](LICENSE)"),
         ("[paper](https://arxiv.org/abs/2511.16955) [up](#up)", "[paper](https://arxiv.org/abs/2511.16955) [up](#up)"),

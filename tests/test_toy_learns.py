@@ -8,8 +8,8 @@ from helpers import weights
 
 from neighbor_grpo.algorithms import NeighborGRPO
 from neighbor_grpo.flow import seeded
-from neighbor_grpo.rivals import ALGORITHMS
-from neighbor_grpo.toy2d import ToySettings, ToyTask, mode_shares
+from neighbor_grpo.rivals.trajectories import ALGORITHMS
+from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask, mode_shares
 from neighbor_grpo.training import Trainer, TrainSettings
 
 ALGORITHM = NeighborGRPO(sigma=0.3, group_size=12, anchors=4, trained_steps=4, steps=8)

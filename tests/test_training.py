@@ -13,10 +13,10 @@ from helpers import TinyTask, assert_same_outcome, differences, outcome, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neighbor_grpo import folder as run_folder
 from neighbor_grpo import training
 from neighbor_grpo.algorithms import DanceGRPO, NeighborGRPO, take
 from neighbor_grpo.flow import seeded
+from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.training import (
     Checkpoints,
     Trainer,

@@ -13,6 +13,7 @@ import ast
 import importlib
 import json
 import os
+import posixpath
 import re
 import sys
 from dataclasses import dataclass, field
@@ -146,12 +147,23 @@ class Site:
 
     @cached_property
     def modules(self):
-        return {path.stem for path in (self.root / self.config["lib_path"]).glob("*.py") if path.stem[0] != "_"}
+        "The path of every module in the library, by its last name."
+        library = self.root / self.config["lib_path"]
+        paths = [path.relative_to(library).with_suffix("") for path in library.rglob("*.py") if path.stem[0] != "_"]
+        return {path.name: path.parts for path in paths}
+
+    def parts(self, name):
+        "The parts of a name in the library, its module written in full."
+        first, *rest = name.removeprefix(self.config["lib_name"] + ".").split(".")
+        return [*self.modules.get(first, [first]), *rest]
 
     def target(self, page, link):
         "The page that a link leads to, if it is one of ours."
-        path = urlsplit(link.removeprefix(text.site_url(self.config))).path.removeprefix("./")
-        return page if not path else self.by_name.get(path) or self.by_html.get(path)
+        home = text.site_url(self.config)
+        path = urlsplit(link.removeprefix(home)).path
+        folder = "" if link.startswith(home) else posixpath.dirname(page.name)
+        place = posixpath.normpath(posixpath.join(folder, path))
+        return page if not path else self.by_name.get(place) or self.by_html.get(place)
 
 
 def heading_id(heading):
@@ -361,7 +373,9 @@ def broken(target, page, site, image=False):
     destination, fragment = site.target(page, target), urlsplit(target).fragment
     if destination is None:
         path = unquote(urlsplit(target).path)
-        return None if path and (site.root / "nbs" / path).is_file() else "link to nothing"
+        return (
+            None if path and (site.root / "nbs" / posixpath.dirname(page.name) / path).is_file() else "link to nothing"
+        )
     if not image and not target.startswith(home) and re.match(r"[^#]+\.html", target):
         return "link to the notebook instead, Quarto knows its published name"
     if fragment and unquote(fragment) not in destination.anchors:
@@ -386,22 +400,22 @@ def symbol(page, site):
     "Every `module.name` of ours exists."
     for number, markdown in page.prose:
         for name in REFERENCE.findall(text.blank(markdown, text.FENCE)):
-            parts = name.removeprefix(site.config["lib_name"] + ".").split(".")
-            ours = name.startswith(site.config["lib_name"] + ".") or parts[0] in site.modules
+            parts, known = site.parts(name), {path[0] for path in site.modules.values()}
+            ours = name.startswith(site.config["lib_name"] + ".") or parts[0] in known
             if ours and parts[-1] not in FILE_SUFFIXES and not exists(site.config["lib_name"], parts):
                 yield number, f"`{name}` names nothing in the library"
 
 
 def exists(library, parts):
     "Does `library.parts[0].parts[1]…` name a module, an attribute or a field?"
-    try:
-        thing = importlib.import_module(f"{library}.{parts[0]}")
-    except ModuleNotFoundError:
-        thing, parts = importlib.import_module(library), ["", *parts]
-    for part in parts[1:]:
-        annotated = getattr(thing, "__annotations__", {})
+    thing, place = importlib.import_module(library), library
+    for part in parts:
+        place = f"{place}.{part}"
         if not hasattr(thing, part):
-            return part in annotated and part == parts[-1]
+            try:
+                importlib.import_module(place)
+            except ModuleNotFoundError:
+                return part == parts[-1] and part in getattr(thing, "__annotations__", {})
         thing = getattr(thing, part)
     return True
 
@@ -470,7 +484,7 @@ def stage(root):
 def load(root, folder="_proc"):
     "The site as it lies in `folder`."
     root, read = Path(root), text.read_notebook
-    names = sorted(path.name for path in (root / folder).glob("*.ipynb"))
+    names = text.notebooks(root / folder)
     pages = [Page(name, read(root / "nbs" / name)["cells"], read(root / folder / name)["cells"]) for name in names]
     return Site(root, pages)
 

@@ -48,7 +48,7 @@ MARGIN = 2.0  # seconds before its limit at which a part should be ready
 
 def judged_latents(latents):
     "`(N, C, h, w) -> (N,)`: minus the kilobytes of each one's first three channels as a JPEG."
-    from neighbor_grpo.rewards import Compressibility
+    from neighbor_grpo.rewards.judges import Compressibility
 
     return Compressibility()((latents[:, :3] / 6 + 0.5).clamp(0, 1), [""] * len(latents))
 
@@ -68,7 +68,7 @@ def fixed_scores(task, velocity, count=16):
 def tiny_trainer(device, iterations, pixels, folder, resume=False):
     "A run of Neighbor GRPO on a tiny SD3 with random weights."
     from neighbor_grpo.algorithms import NeighborGRPO
-    from neighbor_grpo.cost import RandomTask
+    from neighbor_grpo.lab.cost import RandomTask
     from neighbor_grpo.training import Trainer, TrainSettings
 
     algorithm = NeighborGRPO(steps=4, trained_steps=2, anchors=12, sigma=0.6, shift=0.0)
@@ -131,8 +131,8 @@ def check(device, seconds, report, known, iterations, pixels):
 def algorithms(small):
     "At their papers' settings, the cheapest first; or with few candidates and steps."
     from neighbor_grpo.algorithms import DanceGRPO, FlowGRPO, NeighborGRPO
-    from neighbor_grpo.forward import DiffusionNFT
-    from neighbor_grpo.mixed import TempFlowGRPO
+    from neighbor_grpo.rivals.forward import DiffusionNFT
+    from neighbor_grpo.rivals.mixed import TempFlowGRPO
 
     kinds = (NeighborGRPO, TempFlowGRPO, FlowGRPO, DiffusionNFT, DanceGRPO)
     if not small:
@@ -142,8 +142,8 @@ def algorithms(small):
 
 def measured(device, seconds, report, known, model, pixels, micro_batch, small=False, iterations=3, **settings):
     "Seconds and memory of an iteration of each algorithm that has no row yet."
-    from neighbor_grpo.cost import measure_model
-    from neighbor_grpo.sd3 import SD3Settings
+    from neighbor_grpo.lab.cost import measure_model
+    from neighbor_grpo.models.sd3 import SD3Settings
 
     missing = [a for a in algorithms(small) if type(a).__name__ not in known]
     settings = SD3Settings(guidance_scale=4.5, train_guidance_scale=4.5, batch=24, **settings)
@@ -171,7 +171,7 @@ def random_judge(device, tiny):
     from torch.nn import functional as F
     from transformers import CLIPConfig, CLIPModel
 
-    from neighbor_grpo.cost import random_network
+    from neighbor_grpo.lab.cost import random_network
 
     text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
     vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14)
@@ -193,8 +193,8 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
     import yaml
 
     from neighbor_grpo.algorithms import NeighborGRPO
-    from neighbor_grpo.cost import measure_model
-    from neighbor_grpo.sd3 import SD3Settings
+    from neighbor_grpo.lab.cost import measure_model
+    from neighbor_grpo.models.sd3 import SD3Settings
 
     values = yaml.safe_load((ROOT / "neighbor_grpo" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
     if tiny:
@@ -229,8 +229,8 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
 
 def micro_batches(device, seconds, report, known, model, pixels, most=256, **settings):
     "The largest number of states whose gradient fits, without and with checkpointing."
-    from neighbor_grpo.cost import RandomTask, gradient_fits, largest_fit
-    from neighbor_grpo.sd3 import SD3Settings
+    from neighbor_grpo.lab.cost import RandomTask, gradient_fits, largest_fit
+    from neighbor_grpo.models.sd3 import SD3Settings
 
     end, values, shown = time.time() + seconds, {}, {}
     for name, again in (("without", False), ("with", True)):
@@ -399,7 +399,7 @@ def driver():
 
 def render(channel, table):
     "The process that makes the Markdown."
-    from neighbor_grpo.cost import gpu_markdown
+    from neighbor_grpo.lab.cost import gpu_markdown
 
     channel.send(dict(text=gpu_markdown(table)))
 
@@ -436,7 +436,9 @@ def start_processes(tiny):
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["neighbor_grpo.cost", "neighbor_grpo.rewards", "neighbor_grpo.mixed"])
+    context.set_forkserver_preload(
+        ["neighbor_grpo.lab.cost", "neighbor_grpo.rewards.judges", "neighbor_grpo.rivals.mixed"]
+    )
     return context
 
 

@@ -1,6 +1,7 @@
 """What the other tools share: the project's settings, its pages in reading order, and the parts of their text."""
 
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ def site_url(config):
 
 
 def reading_order(root=ROOT):
-    "The file names of all pages, in the order of the sidebar."
+    "The paths of all pages in `nbs`, in the order of the sidebar."
     contents = yaml.safe_load((Path(root) / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"][
         "contents"
     ]
@@ -53,9 +54,16 @@ def _flatten(contents):
             yield from _flatten(entry["contents"])
 
 
+def notebooks(folder):
+    "The paths of all notebooks in a folder and in those below it, with slashes and relative to it."
+    found = (path.relative_to(folder) for path in Path(folder).rglob("*.ipynb"))
+    return sorted(path.as_posix() for path in found if not any(part[0] in "._" for part in path.parts))
+
+
 def html_name(notebook):
-    "The name under which nbdev publishes a notebook: `12_digits.ipynb` becomes `digits.html`."
-    return re.sub(r"^\d+[a-zA-Z0-9]*_", "", notebook.lower()).removesuffix(".ipynb") + ".html"
+    "Where nbdev publishes a notebook: `tasks/Digits.ipynb` becomes `tasks/digits.html`."
+    folder, name = posixpath.split(notebook)
+    return posixpath.join(folder, re.sub(r"^\d+[a-zA-Z0-9]*_", "", name.lower()).removesuffix(".ipynb") + ".html")
 
 
 def read_notebook(path):

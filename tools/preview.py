@@ -1,7 +1,7 @@
 """Look at a page without Quarto: render a staged page to one HTML file.
 
     python tools/lint_docs.py                  # stages the pages
-    python tools/preview.py 06_leaping         # writes _docs/preview/06_leaping.html and prints its path
+    python tools/preview.py lab/compare        # writes _docs/preview/lab/compare.html and prints its path
 
 The words, figures, equations and code are those of the site; its theme, sidebar and search are not.
 """
@@ -84,9 +84,9 @@ def preview(page, root=text.ROOT):
 def main():
     "Command line."
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pages", nargs="+", metavar="PAGE", help="the name of a notebook, with or without .ipynb")
+    parser.add_argument("pages", nargs="+", metavar="PAGE", help="a notebook in nbs/, with or without .ipynb")
     for page in parser.parse_args().pages:
-        print(preview(Path(page).stem))
+        print(preview(page.removeprefix("nbs/").removesuffix(".ipynb")))
 
 
 if __name__ == "__main__":
