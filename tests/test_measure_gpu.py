@@ -81,7 +81,7 @@ def test_page_shows_every_table(folder, tmp_path):
     assert gpu_tables(tmp_path) == gpu_tables(tmp_path / "none")
     assert gpu_tables(tmp_path).startswith("No table has been measured")
     page = json.loads((ROOT / "nbs" / "lab/cost.ipynb").read_text(encoding="utf-8"))
-    assert 'Markdown(gpu_tables("results/gpu"))' in ["".join(cell["source"]) for cell in page["cells"]]
+    assert 'Markdown(gpu_tables("../results/gpu"))' in ["".join(cell["source"]) for cell in page["cells"]]
 
 
 def test_rate_is_held_against_the_data_sheet():
