@@ -1,0 +1,331 @@
+"""What the library computes, to the bit: every algorithm, every option of it, on small tasks.
+
+`python tools/record_bits.py` writes the record, `tests/bits.json`. `--check` runs what the record holds and says what
+differs. Bits are the same only on one processor with one version of PyTorch, so this is no test: make the record,
+change the code, check it on the same machine. Everything goes through the command line, in one process.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+from unittest.mock import patch
+
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+
+from neighbor_grpo.cli import main as neighbor_grpo
+from neighbor_grpo.rivals import ALGORITHMS
+
+RECORD = Path(__file__).resolve().parent.parent / "tests" / "bits.json"
+
+# The tasks, so small that a case takes a fraction of a second, or a few seconds on images.
+TOY = "toy --iterations 5 --groups 2 --group_size 6 --pretrain_steps 20 --eval_samples 64 --eval_every 5"
+DIGITS = "digits --iterations 2 --groups 2 --group_size 4 --pretrain_steps 20 --eval_samples 64"
+SCENES = "scenes --iterations 1 --groups 2 --group_size 4 --eval_images 48 --eval_steps 1"
+LARGE = (
+    "sd3 --source miniature --height 32 --width 32 --max_sequence_length 10 --lora_rank 4 --device cpu"
+    " --iterations 1 --groups 2 --group_size 4 --eval_images 4 --eval_steps 2"
+)
+
+# Values of each setting that is a number, besides its default. A setting that is missing here stops the tool.
+NUMBERS = {
+    "group_size": "5",
+    "steps": "27",
+    "shift": "1 3",
+    "trained_steps": "2",
+    "clip_range": "0.05",
+    "kl_weight": "0.1",
+    "hold_weight": "0.1",
+    "micro_batch": "12 30",
+    "advantage_power": "0.5",
+    "chunk": "0 1",
+    "scouts": "8",
+    "scout_steps": "3",
+    "sigma": "0.6",
+    "anchors": "2",
+    "temperature": "0.5",
+    "p": "2",
+    "noise_level": "0.5",
+    "advantage_clip": "1",
+    "window_every": "1",
+    "window_stride": "2",
+    "tail_ratio": "0.5",
+    "replay": "1",
+    "memory_size": "2",
+    "memory_age": "1",
+    "beta": "0.5",
+    "soft_clip": "1",
+}
+# What a setting needs beside it, to be allowed or to have an effect.
+BESIDE = {
+    "hold_weight": "--train_where first",
+    "scouts": "--shared_noise false",
+    "scout_steps": "--scouts 8 --shared_noise false",
+    "window_moves": "--window_every 1",
+    "window_stride": "--window_every 1",
+}
+# Options that act on one another, by algorithm.
+TOGETHER = {
+    "neighbor": (
+        "--train_step rollout --method euler",
+        "--train_step rollout --method ab2",
+        "--train_step rollout --time_weight equal",
+        "--old_anchor stored --guard true",
+        "--guard true --chunk 2",
+        "--hold_weight 0.1 --kl_weight 0.1 --train_where last --micro_batch 5",
+        "--scouts 8 --scout_steps 3 --advantage_scale batch --advantage_power 0.5",
+        "--grid scheduler --shift 3",
+    ),
+    "flow": ("--guard true --chunk 3 --time_weight noise", "--hold_weight 0.1 --train_where last --micro_batch 5"),
+    "dance": ("--chunk 7 --time_weight equal", "--grid scheduler --shift 3"),
+    "mix": (
+        "--window_every 1 --tail_ratio 0.5 --tail_method dpm++2m --time_weight equal",
+        "--window_moves random --chunk 2",
+    ),
+    "tempflow": ("--micro_batch 1", "--guard true --kl_weight 0.1"),
+    "op": ("--chunk 1 --guard true", "--hold_weight 0.1 --kl_weight 0.1 --micro_batch 15"),
+    "nft": ("--group_noise true --kl_weight 0.1 --ema 0.5 --collector average",),
+    "vgrpo": ("--chunk 2 --micro_batch 8", "--group_noise false --method heun"),
+    "tmpo": ("--match cross --standardise false", "--match cross --beta 15"),
+}
+# The loop's own, for every algorithm.
+LOOP = (
+    "--updates 3",
+    "--ema 0.5",
+    "--ema 0.5 --collector average --updates 2",
+    "--shuffle true",
+    "--lr_decay 10",
+    "--weight_decay 0.1",
+    "--max_grad_norm 0.1",
+    "--seed 1",
+)
+SEVERAL = "--rewards compressibility,0.5*compressibility"
+HELD = "--train_where first --trained_steps 4 --hold_weight 0.03"  # as the scenes have it for Neighbor GRPO
+IMAGES = (
+    f"{DIGITS} --reward ink",
+    f"{SCENES} --algorithm neighbor",
+    f"{SCENES} --algorithm neighbor --hold_weight 0",
+    *(f"{SCENES} --algorithm {name}{held}" for name in ("flow", "dance") for held in ("", f" {HELD}")),
+    f"{LARGE} --updates 2",
+    f"{LARGE} --updates 2 --precision float32",
+    f"{LARGE} --updates 2 --lora_rank 0 --lora_alpha 0",
+    f"{LARGE} {SEVERAL}",
+    f"{LARGE} {SEVERAL} --combine rewards --advantage_scale batch",
+    f"{LARGE} {SEVERAL} --algorithm flow",
+)
+
+# How the words of the record are said today: an option that has been renamed since, with its value or without.
+RENAMED: dict[str, str] = {}
+
+
+def written(value):
+    "A value as it stands on the command line."
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def values(algorithm):
+    "Each setting of an algorithm with each value that is not its default."
+    hints = get_type_hints(algorithm)
+    for field in fields(algorithm):
+        hint, name = hints[field.name], field.name
+        choices = get_args(hint) if get_origin(hint) is Literal else ("false", "true") if hint is bool else None
+        for value in choices or NUMBERS[name].split():
+            if value != written(field.default):
+                yield name, value
+
+
+def beside(algorithm, name):
+    "What has to be said beside a setting, so far as the algorithm knows it."
+    words = BESIDE.get(name, "").split()
+    known = {field.name for field in fields(algorithm)}
+    return "".join(f" {word} {value}" for word, value in zip(words[::2], words[1::2]) if word[2:] in known)
+
+
+def command_lines():
+    "All cases. With a second update the ratio leaves 1, so that all that an option does to it is seen."
+    for name, algorithm in ALGORITHMS.items():
+        toy = f"{TOY} --algorithm {name}"
+        yield from (toy, f"{DIGITS} --algorithm {name}", *(f"{toy} {words}" for words in LOOP))
+        for setting, value in values(algorithm):
+            yield f"{toy} --updates 2 --{setting} {value}{beside(algorithm, setting)}"
+        yield from (f"{toy} --updates 2 {words}" for words in TOGETHER.get(name, ()))
+    yield from IMAGES
+
+
+def name_of(line):
+    "What a command line says beyond its task's."
+    task = next(task for task in (TOY, DIGITS, SCENES, LARGE) if line.startswith(task))
+    return f"{task.split()[0]}{line[len(task) :]}".replace(" --algorithm", "")
+
+
+def today(arguments):
+    "The words of the record as they are said today."
+    line = " ".join(arguments)
+    for old, new in RENAMED.items():
+        line = re.sub(rf"(?<!\S){re.escape(old)}(?!\S)", new, line)
+    return line.split()
+
+
+def exact(value):
+    "A number without rounding, as JSON takes it: hexadecimal, without the zeros at its end."
+    return re.sub(r"\.?0+p", "p", value.hex()) if isinstance(value, float) else value
+
+
+def columns(path):
+    "The rows of a file by name: all that a row has but the time that it took."
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {name: [exact(row[name]) for row in rows] for name in rows[0] if name not in ("seconds", "iteration")}
+
+
+def digest(path):
+    "SHA-256 of the tensors in a file: names, types, shapes, bytes."
+    total = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def read_folder(folder):
+    "What a run has left: rewards, other metrics, weights of the newest checkpoint and of networks beside it."
+    metrics, held_out = columns(folder / "metrics.jsonl"), columns(folder / "eval.jsonl")
+    rewards = {name: metrics.pop(name) for name in ("reward_mean", "reward_std")}
+    rewards |= {f"held-out {name}": column for name, column in held_out.items()}
+    newest = max((folder / "checkpoints").glob("[0-9]*"))
+    files = {path.stem: path for path in [*folder.glob("*.safetensors"), *newest.glob("*.safetensors")]}
+    files.pop("optimizer")
+    return dict(rewards=rewards, metrics=metrics, weights={name: digest(files[name]) for name in sorted(files)})
+
+
+def run_case(arguments, networks):
+    "Train as the arguments say, and read what is left; `refused` if they are not allowed."
+    with tempfile.TemporaryDirectory() as parent, contextlib.redirect_stdout(io.StringIO()):
+        folder, said = Path(parent) / "run", io.StringIO()
+        if networks.is_dir():
+            shutil.copytree(networks, folder)
+        torch.manual_seed(0)
+        with contextlib.redirect_stderr(said):
+            status = neighbor_grpo(["train", *today(arguments), "--quiet", "--out", str(folder)])
+        if status and not (folder / "metrics.jsonl").exists():
+            return dict(refused=said.getvalue().strip())
+        if status:
+            raise RuntimeError(f"{' '.join(arguments)}: {said.getvalue().strip()}")
+        if arguments[0] == "digits" and not networks.exists():  # pretraining them takes longer than a case
+            networks.mkdir()
+            for path in folder.glob("*.safetensors"):
+                shutil.copy(path, networks)
+        return read_folder(folder)
+
+
+def run_cases(cases, progress=True):
+    "The results by name. Nothing is drawn, and nobody waits for the disk."
+    torch.set_num_threads(1)
+    results, show = {}, progress and sys.stderr.isatty()
+    with tempfile.TemporaryDirectory() as kept, patch.object(Figure, "savefig"), patch("os.fsync"):
+        for number, (name, arguments) in enumerate(cases.items(), 1):
+            if show:
+                print(f"\r\033[K{number}/{len(cases)} {name}"[:100], end="", file=sys.stderr, flush=True)
+            results[name] = run_case(arguments, Path(kept) / arguments[0])
+    print("\r\033[K" * show, end="", file=sys.stderr)
+    return results
+
+
+def number(value):
+    "The inverse of `exact`."
+    return float.fromhex(value) if isinstance(value, str) else value
+
+
+def apart(old, new):
+    "The relative difference of two numbers; infinite where one is none."
+    if old is None or new is None:
+        return 0.0 if old is new else math.inf
+    return abs(old - new) / max(abs(old), abs(new)) if old != new else 0.0
+
+
+def relative(old, new):
+    "The largest relative difference of two columns; infinite where one is missing or longer."
+    if old is None or new is None or len(old) != len(new):
+        return math.inf
+    return max(apart(number(a), number(b)) for a, b in zip(old, new))
+
+
+def difference(old, new):
+    "What differs between two results of a case, in one line; empty: nothing."
+    if "refused" in old or "refused" in new:
+        return "" if "refused" in old and "refused" in new else "refused: " + new.get("refused", "no longer")
+    kinds = [kind for kind in ("rewards", "metrics", "weights") if old[kind] != new[kind]]
+    found = {}
+    for kind in ("rewards", "metrics"):
+        names = old[kind].keys() | new[kind].keys()
+        found |= {name: relative(old[kind].get(name), new[kind].get(name)) for name in sorted(names)}
+    changed = sorted(name for name in found if found[name])
+    largest = f", by up to {max(found.values()):.2g}: {', '.join(changed)}" if changed else ""
+    return ", ".join(kinds) + " differ" + largest if kinds else ""
+
+
+def maker():
+    "Whose bits these are."
+    about = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", about.read_text()) if about.exists() else None
+    processor = f"{model[1] if model else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    return dict(processor=processor, torch=torch.__version__, python=platform.python_version(), threads=1)
+
+
+def write(path, cases, results):
+    "One line a case."
+    said = {name: dict(arguments=" ".join(words), **results[name]) for name, words in cases.items()}
+    lines = (f"{json.dumps(name)}: {json.dumps(case, separators=(',', ':'))}" for name, case in said.items())
+    body = ",\n".join(lines)
+    path.write_text(f'{{"made": {json.dumps(maker())},\n"cases": {{\n{body}\n}}}}\n', encoding="utf-8")
+
+
+def check(record, cases):
+    "Run the cases again; print what differs; how many do."
+    if record["made"] != maker():
+        print(f"The record is of {record['made']}, this is {maker()}: bits may differ for that reason alone.")
+    results = run_cases(cases)
+    found = {name: difference(record["cases"][name], results[name]) for name in cases}
+    for name, what in found.items():
+        if what:
+            print(f"{name}: {what}")
+    different = sum(map(bool, found.values()))
+    print(f"{different} of {len(found)} cases differ.")
+    return different
+
+
+def main(argv=None):
+    "Write the record, or check it; the exit status."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the record, instead of writing it")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name has a match")
+    parser.add_argument("--record", type=Path, default=RECORD, help="another file")
+    options = parser.parse_args(argv)
+    record = json.loads(options.record.read_text(encoding="utf-8")) if options.check else None
+    cases = {name_of(line): line.split() for line in command_lines()} if record is None else {}
+    cases |= {name: case["arguments"].split() for name, case in record["cases"].items()} if record else {}
+    cases = {name: words for name, words in cases.items() if re.search(options.only, name)}
+    if record is None:
+        write(options.record, cases, run_cases(cases))
+        return 0
+    return int(check(record, cases) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
