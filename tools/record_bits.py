@@ -28,8 +28,8 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from neighbor_grpo.cli import ALGORITHMS
 from neighbor_grpo.cli import main as neighbor_grpo
-from neighbor_grpo.rivals import ALGORITHMS
 
 RECORD = Path(__file__).resolve().parent.parent / "tests" / "bits.json"
 
