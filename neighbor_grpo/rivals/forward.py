@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..algorithms import Algorithm, Rollout, States
-from ..flow import Generators, Velocity, denoised, interpolate, randn, require
-from ..grpo import SurrogateStats
+from ..flow import Generators, Velocity, denoised, interpolate, randn, require, time_grid
+from ..grpo import group_advantages, standardized, surrogate
 from ..neighbors import neighbor_noise
+from ..rollouts import (Algorithm, Rollout, Standardize, States, Surrogate, check_settings, everyone, for_each,
+                                    per_state)
 from ..solvers import Trajectory, solve
 
 # %% ../../nbs/rivals/forward.ipynb #58588ca8
@@ -38,6 +39,14 @@ def forward_times(
 @dataclass(frozen=True)
 class ForwardProcess(Algorithm):
     "What needs samples only: any solver makes them, noise is added afresh, and the velocity is judged there."
+    group_size: int = 12
+    "G, candidates for each prompt, at least 2."
+    steps: int = 8
+    "T, solver steps of a rollout."
+    shift: float | None = 1.0
+    "Time shift of the grid and of the trained times; 3 for SD3; None: that of the task."
+    grid: Literal["even", "scheduler"] = "even"
+    "Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that passes it no sigmas."
     trained_steps: int = 4
     "K, times at which each sample is noised and trained. They have nothing to do with the solver's steps."
     method: Literal["euler", "heun", "dpm++2m", "ab2"] = "dpm++2m"
@@ -46,50 +55,48 @@ class ForwardProcess(Algorithm):
     "At each time, one noise for the whole group; otherwise one for each sample. The times are always the group's."
 
     def __post_init__(self):
-        super().__post_init__()
-        why = "where no solver step is trained"
-        require(not self.guard, "guard", self.guard, f"False {why}")
-        require(self.time_weight == "none", "time_weight", self.time_weight, f"'none' {why}")
-        require(self.train_where == "random", "train_where", self.train_where, f"'random' {why}")
+        check_settings(self, 1, 1000)  # as many times as one likes, up to those that SD3 and FLUX are trained on
 
-    @property
-    def trainable(self) -> tuple[int, int]:
-        "As many times as one likes, up to the thousand that SD3 and FLUX are trained on."
-        return 1, 1000
+    def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
+        "`(P, *shape) -> (P, count, *shape)`: independent noises."
+        return neighbor_noise(noise, count, 1.0, generator)
+
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
+               iteration: int = 0) -> Rollout:
+        "Solve the ODE, then noise its samples K times: states at decreasing times, and the sample itself as the last."
+        (groups, size), count = start.shape[:2], self.trained_steps
+        grid, cond_each = time_grid(self.steps, self.shift, self.grid), for_each(cond, groups, size)
+        path = solve(velocity, start.flatten(0, 1), grid, cond_each, self.method)
+        x0, each = path.x[-1], 1 if self.group_noise else size
+        ts = forward_times(groups, count, self.shift, generator).to(x0)
+        noise = randn((groups * count * each, *x0.shape[1:]), generator, x0.device, x0.dtype)
+        noise = noise.unflatten(0, (groups, count, each)).expand(-1, -1, size, *x0.shape[1:])
+        t = [row.repeat_interleave(size) for row in ts]  # the group's time, for each sample
+        xs = [interpolate(x0, noise[:, k].flatten(0, 1), t[k]) for k in range(count)]
+        vs = [velocity(xs[k], t[k], cond_each) for k in range(count)]
+        ts = torch.cat([ts, torch.zeros_like(ts[:1])])
+        return Rollout.of(Trajectory(ts, torch.stack([*xs, x0]), torch.stack(vs), path.nfe + count), groups, cond)
+
+    def choose(self, rollout: Rollout, generator: Generators = None) -> States:
+        "All candidates of each group at all of its times."
+        times = torch.arange(self.trained_steps).expand(rollout.x.shape[1], -1)
+        return States.product(times, everyone(rollout), rollout.x.device)
+
+    def regression(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
+        "(M,): mean squared error of `x0_hat`, over its own mean absolute error without gradient."
+        x_hat = denoised(states.select(rollout.x), v, states.times(rollout.ts)[0])
+        error = (x_hat - rollout.samples[states.prompt, states.member]).flatten(1)
+        return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
     @property
     def nfe_old(self) -> float:
         "Evaluations without gradient, per sample: the solver's, and one of the collecting policy at each trained time."
-        return super().nfe_old + self.trained_steps + (self.steps - 1 if self.method == "heun" else 0)
+        return self.steps + self.trained_steps + (self.steps - 1 if self.method == "heun" else 0)
 
-    def initial_noise(self, noise: Tensor, generator: Generators, count: int) -> Tensor:
-        "`(P, *shape) -> (P, count, *shape)`: independent noises."
-        return neighbor_noise(noise, count, 1.0, generator)
-
-    def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
-               iteration: int) -> tuple[Trajectory, None]:
-        "Solve the ODE, then noise its samples K times: states at decreasing times, and the sample itself as the last."
-        path = solve(velocity, x, self.times(), cond, self.method)
-        x0, count, each = path.x[-1], self.trained_steps, 1 if self.group_noise else self.group_size
-        groups = len(x0) // self.group_size
-        ts = forward_times(groups, count, self.shift, generator).to(x0)
-        noise = randn((groups * count * each, *x0.shape[1:]), generator, x0.device, x0.dtype)
-        noise = noise.unflatten(0, (groups, count, each)).expand(-1, -1, self.group_size, *x0.shape[1:])
-        t = [row.repeat_interleave(self.group_size) for row in ts]  # the group's time, for each sample
-        xs = [interpolate(x0, noise[:, k].flatten(0, 1), t[k]) for k in range(count)]
-        vs = [velocity(xs[k], t[k], cond) for k in range(count)]
-        ts = torch.cat([ts, torch.zeros_like(ts[:1])])
-        return Trajectory(ts, torch.stack([*xs, x0]), torch.stack(vs), path.nfe + count), None
-
-    def choose_steps(self, rollout: Rollout, generator: Generators) -> Tensor:
-        "(P, K): all times of each group."
-        return torch.arange(self.trained_steps).expand(rollout.x.shape[1], -1)
-
-    def regression(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
-        "(M,): mean squared error of `x0_hat`, over its own mean absolute error without gradient."
-        x_hat = denoised(states.of(rollout.x), v, states.times(rollout.ts)[0])
-        error = (x_hat - rollout.samples[states.prompt, states.member]).flatten(1)
-        return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
+    @property
+    def nfe_theta(self) -> float:
+        "Evaluations with gradient, per sample."
+        return float(self.trained_steps)
 
 # %% ../../nbs/rivals/forward.ipynb #d24298b8
 @dataclass(frozen=True)
@@ -109,25 +116,22 @@ class DiffusionNFT(ForwardProcess):
     def __post_init__(self):
         super().__post_init__()
         for name in ("beta", "advantage_clip"): require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        require(self.chunk == 1, "chunk", self.chunk, "1 where there is no ratio to share")
 
-    @property
-    def has_ratio(self) -> bool:
-        "Mixtures of old and new velocity are regressed; no ratio tells a change of the policy from rounding."
-        return False
+    has_ratio = False  # mixtures of old and new velocity are regressed; no ratio tells a change of the policy from rounding
 
-    def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-        "`(P, G[, R]) -> (P, G)`: standardised and clipped."
-        return self.credit(rewards, weights).clamp(-self.advantage_clip, self.advantage_clip)
+    def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
+                   standardize: Standardize = group_advantages) -> Tensor:
+        "`(P, G[, R]) -> (P, G)`: standardized and clipped."
+        return standardized(rewards, weights, standardize).clamp(-self.advantage_clip, self.advantage_clip)
 
-    def gain(self, rollout: Rollout, states: States, v: Tensor, advantages: Tensor, on_policy: bool,
-             stats: SurrogateStats | None) -> Tensor:
-        "Minus the regressions of both mixtures, weighted with r and 1 - r. There is no ratio to keep statistics of."
-        v = v.to(rollout.x.dtype)  # the mixtures need full precision, whatever the network answers in
-        old = v.detach() if on_policy else states.of(rollout.v)
-        r = self.weigh(advantages, states) / self.advantage_clip / 2 + 0.5
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
+             surrogate: Surrogate = surrogate) -> Tensor:
+        "The regressions of both mixtures, weighted with r and 1 - r. There is no ratio to keep statistics of."
+        v = velocity(*states.inputs(rollout)).to(rollout.x.dtype)  # the mixtures need full precision, whatever the network answers in
+        old = v.detach() if on_policy else states.select(rollout.v)
+        r = states.of_candidates(advantages) / self.advantage_clip / 2 + 0.5
         plus, minus = (self.regression(rollout, states, old + b * (v - old)) for b in (self.beta, -self.beta))
-        return -(r * plus + (1 - r) * minus).sum() * self.advantage_clip / self.beta
+        return (r * plus + (1 - r) * minus).sum() * self.advantage_clip / self.beta
 
 # %% ../../nbs/rivals/forward.ipynb #4a9d3e2e
 @dataclass(frozen=True)
@@ -137,19 +141,31 @@ class VGRPO(ForwardProcess):
     "T, solver steps of a rollout."
     clip_range: float = 0.01
     "c of the two-sided clip of the ratio to [1 - c, 1 + c]."
-    chunk: int = 0
-    "Consecutive times that share one ratio, their geometric mean; 0: all K of a sample, as in the paper."
+    one_ratio: bool = True
+    "All K times of a sample share one ratio, the geometric mean of theirs, as in the paper; otherwise each has its own."
     soft_clip: float = 3.0
     "eta of the soft clip `eta tanh(A / eta)` of advantages, > 0."
 
     def __post_init__(self):
         super().__post_init__()
+        require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
         require(self.soft_clip > 0, "soft_clip", self.soft_clip, "> 0")
 
-    def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None) -> Tensor:
-        "`(P, G[, R]) -> (P, G)`: standardised and softly clipped."
-        return self.soft_clip * (self.credit(rewards, weights) / self.soft_clip).tanh()
+    @property
+    def together(self) -> int:
+        "The states that share a ratio."
+        return self.trained_steps if self.one_ratio else 1
 
-    def log_prob(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
-        "(M,): minus the regression, each policy's over its own error."
-        return -self.regression(rollout, states, v)
+    def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
+                   standardize: Standardize = group_advantages) -> Tensor:
+        "`(P, G[, R]) -> (P, G)`: standardized and softly clipped."
+        return self.soft_clip * (standardized(rewards, weights, standardize) / self.soft_clip).tanh()
+
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
+             surrogate: Surrogate = surrogate) -> Tensor:
+        "The clipped ratio, with minus the regression for a log-probability, each policy's over its own error."
+        log_prob = -self.regression(rollout, states, velocity(*states.inputs(rollout)))
+        old = log_prob.detach() if on_policy else -self.regression(rollout, states, states.select(rollout.v))
+        mean = lambda values: values.view(-1, self.together).mean(1)
+        log_ratio, own = mean(log_prob - old), mean(states.of_candidates(advantages)) * self.together
+        return -surrogate(log_ratio, torch.zeros_like(log_ratio), own, self.clip_range)

@@ -14,9 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..algorithms import Rollout, SDEGRPO, States, take
 from ..anchors import sample_subsets
 from ..flow import Generators, Velocity, randn, require, seeded, time_grid
+from ..grpo import surrogate
+from .gaussian import SDEGRPO
+from ..rollouts import Rollout, States, Surrogate, everyone, for_each, per_state, take
 from ..sde import gaussian_log_prob, solve_sde
 from ..solvers import Trajectory, euler_step, solve
 
@@ -89,32 +91,35 @@ class MixGRPO(SDEGRPO):
         tail = torch.linspace(end, self.steps, kept + 1, dtype=torch.float64).round().long()
         return torch.cat([ts[:end], ts[tail]])
 
-    def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
-               iteration: int) -> tuple[Trajectory, Tensor]:
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
+               iteration: int = 0) -> Rollout:
         "Euler steps to the window, Gaussian steps in it, `tail_method` after it."
-        ts, window, paths = self.thinned(iteration), self.window(iteration), []
-        step = partial(self.step, t_max=ts[1])  # ts[1] stands for t = 1
+        groups, size = start.shape[:2]
+        ts, window, paths, x = self.thinned(iteration), self.window(iteration), [], start.flatten(0, 1)
+        step, cond_each = partial(self.step, t_max=ts[1]), for_each(cond, groups, size)  # ts[1] stands for t = 1
         for first, last, method in ((0, window.start, "euler"), (window.start, window.stop, None),
                                     (window.stop, len(ts) - 1, self.tail_method)):
             if first == last: continue
-            part, start = ts[first:last + 1], paths[-1].x[-1] if paths else x
-            paths.append(solve(velocity, start, part, cond, method) if method else
-                         solve_sde(velocity, start, part, step, cond, generator))
+            part = ts[first:last + 1]
+            if method is None: path = solve_sde(velocity, x, part, step, cond_each, generator)
+            else: path = solve(velocity, x, part, cond_each, method)
+            x = path.x[-1]
+            paths.append(path)
         noisy = torch.tensor([k in window for k in range(len(ts) - 1)])
-        return chain(*paths), noisy[:, None].expand(-1, len(x) // self.group_size)
+        return Rollout.of(chain(*paths), groups, cond, noisy[:, None].expand(-1, groups))
 
-    def choose_steps(self, rollout: Rollout, generator: Generators) -> Tensor:
-        "(P, w): the window; nothing is left to choose."
-        return noisy_steps(rollout)
+    def choose(self, rollout: Rollout, generator: Generators = None) -> States:
+        "All candidates at the steps of the window; nothing is left to choose."
+        return States.product(noisy_steps(rollout), everyone(rollout), rollout.x.device)
 
-    def step_weights(self, ts: Tensor) -> Tensor:
-        "Weights of the steps of the whole grid, so that a thinner tail does not change those in the window."
-        return super().step_weights(self.times().to(ts))
+    def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
+        "That of the whole grid, so that a thinner tail does not change the weights of steps in the window."
+        return super().response(self.times().to(ts))
 
     @property
     def nfe_old(self) -> float:
         "Evaluations without gradient, per sample, in iteration 0. The thinned tail shrinks as the window moves on."
-        return super().nfe_old - self.steps + len(self.thinned(0)) - 1
+        return len(self.thinned(0)) - 1
 
 # %% ../../nbs/rivals/mixed.ipynb #4fde4ab7
 @dataclass(frozen=True)
@@ -144,8 +149,8 @@ class TempFlowGRPO(SDEGRPO):
     "The branching step is the only noisy and the only trained one: 1."
     shared_noise: bool = True
     "A group has one trunk, and thus one initial noise: True."
-    time_weight: Literal["none", "equal", "noise"] = "noise"
-    "Weight of a step's loss; 'noise', the paper's, follows the noise."
+    weigh_noise: bool = True
+    "Weigh a step's loss by its noise, as the paper does."
 
     def __post_init__(self):
         super().__post_init__()
@@ -153,37 +158,44 @@ class TempFlowGRPO(SDEGRPO):
         require(self.trained_steps == 1, "trained_steps", self.trained_steps, "1, the step where the group branches")
         require(self.shared_noise, "shared_noise", self.shared_noise, "True: a group has one trunk")
 
-    def sample(self, velocity: Velocity, x: Tensor, cond: object, generator: Generators,
-               iteration: int) -> tuple[Trajectory, Tensor]:
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
+               iteration: int = 0) -> Rollout:
         "Every group branches at a step of its own; before that, one row is evaluated for all its candidates."
-        ts, rows = self.times().to(x), torch.arange(len(x)).view(-1, self.group_size)
-        branch = sample_subsets(len(rows), self.steps - 1, 1, generator)  # (P, 1), never the last step
+        (groups, size), x = start.shape[:2], start.flatten(0, 1)
+        cond_each, ts = for_each(cond, groups, size), self.times().to(x)
+        rows = torch.arange(groups * size).view(groups, size)
+        branch = sample_subsets(groups, self.steps - 1, 1, generator)  # (P, 1), never the last step
         noise, xs, vs, count = randn(x.shape, generator, x.device, x.dtype), [x], [], 0
         for k, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
             source = torch.where(k <= branch, rows[:, :1], rows)  # whose velocity a row takes: the first one's on a trunk
             needed, copies = source.flatten().unique(return_inverse=True)
-            v = velocity(x[needed], t.expand(len(needed)), take(cond, needed))[copies]
+            v = velocity(x[needed], t.expand(len(needed)), take(cond_each, needed))[copies]
             mean, std = self.step(x, v, t, t_next, t_max=ts[1])
             noisy = (k == branch).expand_as(rows).flatten().to(x.device)
-            x = torch.where(noisy.view(-1, *[1] * (x.ndim - 1)), mean + std * noise, euler_step(x, v, t, t_next))
+            x = torch.where(per_state(noisy, x), mean + std * noise, euler_step(x, v, t, t_next))
             xs, vs, count = [*xs, x], [*vs, v], count + len(needed)
-        return (Trajectory(ts, torch.stack(xs), torch.stack(vs), count / len(x)),
-                torch.arange(self.steps)[:, None] == branch.T)
+        path = Trajectory(ts, torch.stack(xs), torch.stack(vs), count / len(x))
+        return Rollout.of(path, groups, cond, torch.arange(self.steps)[:, None] == branch.T)
 
-    def trained_states(self, rollout: Rollout, generator: Generators) -> States:
+    def choose(self, rollout: Rollout, generator: Generators = None) -> States:
         "One state for each group, where it branches: all its candidates stand there."
         steps = noisy_steps(rollout)
-        return States.cross(steps, torch.zeros_like(steps), rollout.x.device)
+        return States.product(steps, torch.zeros_like(steps), rollout.x.device)
+
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
+             surrogate: Surrogate = surrogate) -> Tensor:
+        "Each branch with its own advantage, so divided that a group counts as much as G states would on average."
+        log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
+        old = log_prob.detach() if on_policy else self.log_prob(rollout, states, states.select(rollout.v))
+        std = self.response(rollout.ts)[1]
+        weight = per_state(states.select_step(std / std.mean(0)), log_prob) if self.weigh_noise else 1.0
+        return -surrogate(log_prob, old, advantages[states.prompt] / self.group_size, self.clip_range, weight)
 
     def log_prob(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
         "(M, G): log-density of the step to each branch, under the one Gaussian of the group."
         branches = rollout.x[states.step + 1, states.prompt]
         mean, std = (a.repeat_interleave(self.group_size, 0) for a in self.gaussian(rollout, states, v))
         return gaussian_log_prob(branches.flatten(0, 1), mean, std).unflatten(0, branches.shape[:2])
-
-    def weigh(self, advantages: Tensor, states: States) -> Tensor:
-        "(M, G): each branch's own advantage, so divided that a group counts as much as G states would on average."
-        return advantages[states.prompt] / self.group_size
 
     @property
     def nfe_old(self) -> float:
