@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TASKS', 'LARGE', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_BYTES', 'MAX_DEPTH', 'COMMON', 'FILES', 'RUNNING',
            'PAPER_MODELS', 'STOPS', 'COMMANDS', 'task_classes', 'defaults_of', 'require_plain', 'Help', 'Parser',
-           'recipes', 'read_yaml', 'flat_config', 'read_recipe', 'listed', 'overviews', 'train_parser', 'pick',
-           'read_command', 'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes',
-           'launched', 'train', 'load_run', 'run_folder', 'evaluate', 'sample', 'save', 'bench_model', 'bench',
-           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable',
-           'overview', 'draw_into_files', 'main']
+           'recipes', 'read_yaml', 'flat_config', 'read_recipe', 'brought_along', 'check_modifiers', 'settings_of',
+           'names_of', 'listed', 'overviews', 'train_parser', 'pick', 'pick_algorithm', 'read_command', 'introduce',
+           'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'train', 'load_run',
+           'run_folder', 'evaluate', 'sample', 'save', 'bench_model', 'bench', 'read_variant', 'study_parser',
+           'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview', 'draw_into_files',
+           'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -43,15 +44,18 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from . import __version__
-from .algorithms import DanceGRPO, NeighborGRPO
+from .neighbor import NeighborGRPO
+from .rivals.gaussian import DanceGRPO
 from .lab.benchmark import CLOCKS, PAPER_SETTINGS, as_markdown, measure
 from .lab.compare import AXES, Study, Variant, claim, run_study
 from .flow import Velocity, require
 from .rivals.mixed import MixGRPO
-from .rivals.trajectories import ALGORITHMS
+from .rivals.catalogue import ALGORITHMS, BROUGHT_ALONG, MODIFIERS, modified, own_fields
 from .runs.folder import (Checkpoints, new_folder, open_run, read_config, read_rows, world,
                                   write_atomically)
-from .training import Task, Trainer, TrainSettings, load_trained, plot_run, run_config
+from .runs.trainer import Trainer, load_trained, plot_run, run_config
+from .rollouts import Algorithm
+from .training import Task, TrainSettings
 
 # %% ../nbs/launch.ipynb #44594cb2
 TASKS = {"digits": ("tasks.digits", "DigitsTask", "DigitsSettings", "handwritten digits, the default; about a minute on a CPU"),
@@ -60,7 +64,7 @@ TASKS = {"digits": ("tasks.digits", "DigitsTask", "DigitsSettings", "handwritten
                     "colored shapes as captions ask for them, by a small Stable Diffusion 3 of this package; on a CPU"),
          "sd3": ("tasks.images", "ImagesTask", "ImagesSettings", "any Stable Diffusion 3; needs --source, and mostly a GPU"),
          "flux": ("tasks.images", "FluxTask", "ImagesSettings", "any FLUX.1; needs --source, and mostly a GPU")}
-LARGE = dict(iterations=300, groups=8, lr=1e-4, ema=0.9, eval_every=25, shift=0.0, lora_rank=32, lora_alpha=64,
+LARGE = dict(iterations=300, groups=8, lr=1e-4, ema=0.9, eval_every=25, shift=None, lora_rank=32, lora_alpha=64,
              precision="bfloat16", batch=24)
 DEFAULTS = {"digits": dict(iterations=60, lr=2e-4, kl_weight=0.02, ema=0.9), "toy": dict(iterations=200, groups=8),
             "scenes": dict(iterations=100, lr=3e-4, lr_decay=100, ema=0.9, eval_every=25),
@@ -223,8 +227,11 @@ def flat_config(
     parts = [config.get(part, {}) for part in ("task", "algorithm", "training")]
     whole = all(isinstance(part, dict) for part in parts) and "seed" in parts[2]
     require(whole, name, str(path), f"{why}, with all settings in its config.json")
-    settings = {key: value for part in parts for key, value in part.items()}
-    return settings | {"task": config["task_name"], "algorithm": names[config["algorithm_name"]]}
+    around = config.get("modifiers", {})
+    known = isinstance(around, dict) and all(isinstance(own, dict) for own in around.values()) and around.keys() <= MODIFIERS.keys()
+    require(known, name, f"{path} with modifiers {around}", f"{why}, with some of {', '.join(MODIFIERS)}")
+    settings = {key: value for part in [*parts, *around.values()] for key, value in part.items()}
+    return settings | {"task": config["task_name"], "algorithm": names[config["algorithm_name"]], "with": [*around]}
 
 
 def read_recipe(
@@ -237,16 +244,47 @@ def read_recipe(
     values = read_yaml(own if own.is_file() else Path(name), "--recipe")
     if "task_name" in values or "algorithm_name" in values: values = flat_config(values, "--recipe", name)
     values = {"task": "digits", "algorithm": "neighbor"} | values
+    if isinstance(values.get("with"), str): values["with"] = values["with"].split()
     for key, known in dict(task=TASKS, algorithm=ALGORITHMS).items():
         require(values[key] in [*known], "--recipe", f"{name} with {key} {values[key]!r}", f"one with {key} among {', '.join(known)}")
-    classes = (task_classes(values["task"])[1], ALGORITHMS[values["algorithm"]], TrainSettings)
-    unknown = values.keys() - {field.name for cls in classes for field in fields(cls)} - {"task", "algorithm"}
+    around = check_modifiers(values.get("with", brought_along(values["algorithm"])), "--recipe")
+    unknown = values.keys() - names_of(values["task"], values["algorithm"], around) - {"task", "algorithm", "with"}
     require(not unknown, "--recipe", f"{name} with {sorted(unknown)}", "one with names of settings")
     return values
 
 # %% ../nbs/launch.ipynb #e3aba0a2
 COMMON = {*"algorithm out recipe resume quiet trackers iterations groups lr ema seed group_size steps sigma noise_level".split(),
           *"anchors kl_weight micro_batch target reward rewarded source prompts rewards height width lora_rank guidance_scale".split()}
+
+def brought_along(algorithm: str) -> list[str]:
+    "The modifiers that an algorithm comes with."
+    return [*BROUGHT_ALONG.get(algorithm, {})]
+
+
+def check_modifiers(
+    names: object,  # as they were given
+    where: str,  # for the message
+) -> list[str]:
+    "Names of modifiers, in their order."
+    good = isinstance(names, list) and all(name in [*MODIFIERS] for name in names)
+    require(good, where, names, f"some of {', '.join(MODIFIERS)}")
+    return [name for name in MODIFIERS if name in names]
+
+
+def settings_of(
+    task: str,  # a key of TASKS
+    algorithm: str,  # a key of ALGORITHMS
+    modifiers: Sequence[str],  # keys of MODIFIERS
+) -> dict[str, type]:  # dataclasses by title
+    "Where the settings of a run come from."
+    around = {f"modifier {name}": MODIFIERS[name] for name in modifiers}
+    return {f"task {task}": task_classes(task)[1], f"algorithm {algorithm}": ALGORITHMS[algorithm]} | around | {"loop": TrainSettings}
+
+
+def names_of(task: str, algorithm: str, modifiers: Sequence[str]) -> set[str]:
+    "The names of all settings of a run."
+    return {field.name for cls in settings_of(task, algorithm, modifiers).values() for field in own_fields(cls)}
+
 
 def listed(
     title: str,
@@ -259,29 +297,32 @@ def listed(
 def overviews() -> list[str]:
     "The tasks, the recipes and the algorithms, each with a line."
     algorithms = {name: cls.__doc__.splitlines()[0] for name, cls in ALGORITHMS.items()}
-    return [listed("tasks", {name: what for name, (*_, what) in TASKS.items()}), listed("recipes", recipes()), listed("algorithms", algorithms)]
+    around = {name: cls.__doc__.splitlines()[0] for name, cls in MODIFIERS.items()}
+    return [listed("tasks", {name: what for name, (*_, what) in TASKS.items()}), listed("recipes", recipes()),
+            listed("algorithms", algorithms), listed("modifiers, for --with", around)]
 
 
 def train_parser(
     task: str,  # a key of TASKS
     algorithm: str,  # a key of ALGORITHMS
+    modifiers: Sequence[str] | None = None,  # keys of MODIFIERS; None: those that it brings along
     defaults: dict | None = None,  # values by name, before those of the dataclasses; None: of DEFAULTS
     source: str = "defaults",  # where they stand, for the message
 ) -> Parser:
     "All settings of a task, an algorithm and the loop, with the documentation of each as its help."
-    prog = f"neighbor-grpo train {task}"
+    prog, modifiers = f"neighbor-grpo train {task}", brought_along(algorithm) if modifiers is None else modifiers
     parser = Parser(COMMON, prog=prog, usage="neighbor-grpo train [TASK] [--setting value ...]", epilog="\n\n".join(overviews()),
                     description=f"Train the task {task} with the algorithm {algorithm}. Names may be written with dashes or underscores.")
     parser.add_argument("--algorithm", choices=list(ALGORITHMS), default=algorithm, help="What to train with; see below.")
+    parser.add_argument("--with", nargs="*", default=[*modifiers], metavar="NAME", help="Modifiers around it; see below.")
     parser.add_argument("--out", metavar="DIR", help="Run folder; without it a new one in runs/.")
     parser.add_argument("--recipe", metavar="NAME", help="Settings of one of the recipes below, of a YAML file, or of a run's config.json.")
     parser.add_argument("--resume", action="store_true", help="Continue the run in --out, with its settings.")
     parser.add_argument("--quiet", action="store_true", help="Show no progress bars, and only the figures at the end.")
     parser.add_argument("--trackers", default="", help="Of tensorboard, wandb and trackio, with commas; into DIR/logs.")
-    classes = {f"task {task}": task_classes(task)[1], f"algorithm {algorithm}": ALGORITHMS[algorithm], "loop": TrainSettings}
-    for title, settings in classes.items():
+    for title, settings in settings_of(task, algorithm, modifiers).items():
         group = parser.add_argument_group(title, settings.__doc__.splitlines()[0])
-        group.add_class_arguments(settings, as_group=False)
+        group.add_class_arguments(settings, as_group=False, skip={"algorithm"} if title.startswith("modifier") else None)
     parser.start_from(defaults_of(task, algorithm) if defaults is None else defaults, source)
     return parser
 
@@ -293,6 +334,16 @@ def pick(
     "The settings of one dataclass."
     return settings(**{field.name: values[field.name] for field in fields(settings)})
 
+
+def pick_algorithm(
+    name: str,  # a key of ALGORITHMS
+    modifiers: Sequence[str],  # keys of MODIFIERS
+    values: Namespace,  # of the command line
+) -> Algorithm:
+    "An algorithm with its modifiers around it."
+    around = {field.name: values[field.name] for kind in modifiers for field in own_fields(MODIFIERS[kind])}
+    return modified(pick(ALGORITHMS[name], values), *modifiers, **around)
+
 # %% ../nbs/launch.ipynb #c17791de
 def read_command(
     argv: Sequence[str],  # [TASK] [--algorithm NAME] [--setting value ...]
@@ -302,6 +353,7 @@ def read_command(
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides which settings there are
     for name in ("--algorithm", "--out", "--recipe"): early.add_argument(name, nargs="?")
     early.add_argument("--resume", nargs="?", const="yes")
+    early.add_argument("--with", nargs="*")
     known = early.parse_known_args(argv)[0]
     require(known.out is not None or not known.resume, "--out", known.out, "the folder of the run to --resume")
     base, source = read_recipe(known.recipe), f"--recipe {known.recipe}"
@@ -311,13 +363,16 @@ def read_command(
     algorithm = known.algorithm or base.get("algorithm", "neighbor")
     require(algorithm in ALGORITHMS, "--algorithm", algorithm, f"one of {', '.join(ALGORITHMS)}")
     if base and base["algorithm"] != algorithm:  # what it says of its own algorithm is not meant for another
-        own = {field.name for field in fields(ALGORITHMS[base["algorithm"]])} - {"micro_batch"}
+        own = {field.name for field in fields(ALGORITHMS[base["algorithm"]])} | {"with"}
         base = {name: value for name, value in base.items() if name not in own}
-    classes = (task_classes(task)[1], ALGORITHMS[algorithm], TrainSettings)
-    names = {field.name for cls in classes for field in fields(cls)}
-    defaults = {name: value for name, value in (defaults_of(task, algorithm) | base).items() if name in names}
-    values = train_parser(task, algorithm, defaults, source).parse_args(list(argv))
-    return task, tuple(pick(cls, values) for cls in classes), values
+    given = vars(known)["with"]
+    if given is None: given = base.get("with", brought_along(algorithm))
+    modifiers = check_modifiers([name for word in given for name in word.split(",")], "--with")
+    names = names_of(task, algorithm, modifiers)
+    along = {key: value for name in modifiers for key, value in BROUGHT_ALONG.get(algorithm, {}).get(name, {}).items()}
+    defaults = {name: value for name, value in (along | defaults_of(task, algorithm) | base).items() if name in names}
+    values = train_parser(task, algorithm, modifiers, defaults, source).parse_args(list(argv))
+    return task, (pick(task_classes(task)[1], values), pick_algorithm(algorithm, modifiers, values), pick(TrainSettings, values)), values
 
 # %% ../nbs/launch.ipynb #23ec3c16
 FILES = {"samples.png": "samples before and after", "reward.png": "the reward over the iterations",
@@ -445,9 +500,9 @@ def train(
         if world()[0] > 0: return
         plot_run(trainer.rows, trainer.evals, out / "reward.png")
         if split is None: task.draw({"before": task.base, "after": trainer.velocity}, out / "samples.png")
-        if split is None and hasattr(task, "save"): task.save(trainer.velocity, out / "trained")
+        if split is None and task.saves: task.save(trainer.velocity, out / "trained")
         print_figures({"before": trainer.evals[0], "after": trainer.evals[-1]})
-        if talk: report(out, settings, hasattr(task, "save"))
+        if talk: report(out, settings, task.saves)
         print(f"run folder: {out}" + (f"; its weights were split: neighbor-grpo sample {out} and neighbor-grpo save {out}" if split else ""))
 
 # %% ../nbs/launch.ipynb #34efcc95
@@ -503,7 +558,7 @@ def save(
     "Write a run's newest weights as plain diffusers opens them, an adapter or a pipeline, into DIR/trained-ITERATION."
     folder = run_folder("save", argv)
     task, velocity, state = load_run(folder)
-    require(hasattr(task, "save"), "DIR", str(folder), "the run of a pipeline: sd3, flux or scenes")
+    require(task.saves, "DIR", str(folder), "the run of a pipeline: sd3, flux or scenes")
     path = folder / f"trained-{state['iteration']:06d}"
     task.save(velocity, path)
     print(path)

@@ -296,7 +296,7 @@ class Run:
 
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings()):
         self.task = task if isinstance(task, Task) else Plain(task)
-        self.algorithm, self.settings, self.policy = algorithm, settings, task.policy
+        self.algorithm, self.settings, self.policy = algorithm.fitted(self.task.shift), settings, task.policy
         self.penalties = penalties_of(settings)
         check_run(self.task, algorithm, settings)
         self.groups = list(range(settings.groups))  # those of this process

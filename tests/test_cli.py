@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from neighbor_grpo.cli import TASKS, defaults_of, main, task_classes
-from neighbor_grpo.rivals.trajectories import ALGORITHMS
-from neighbor_grpo.training import Checkpoints, TrainSettings, read_rows
+from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.runs.folder import Checkpoints, read_rows
+from neighbor_grpo.training import TrainSettings
 
 TOY = "train toy --quiet --pretrain_steps 60 --eval_samples 100 --iterations 12 --groups 2 --group_size 4 --anchors 2"
 PNG = b"\x89PNG"
@@ -270,7 +271,7 @@ def test_a_damaged_checkpoint_ends_in_one_line(run_folder, tmp_path, capsys):
 
 
 def test_serve_answers_until_it_is_stopped(tmp_path):
-    from neighbor_grpo.rewards.judges import Compressibility, RemoteReward
+    from neighbor_grpo.rewards.remote import Compressibility, RemoteReward
 
     code = "import sys; from neighbor_grpo.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *"serve --rewards compressibility,0.5*compressibility --port 0".split()]

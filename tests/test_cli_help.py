@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from neighbor_grpo.cli import COMMANDS, TASKS, main, read_command, recipes, train_parser
-from neighbor_grpo.rivals.trajectories import ALGORITHMS
+from neighbor_grpo.rivals.catalogue import ALGORITHMS
 
 SHORT = "--pretrain_steps 2 --eval_samples 20 --iterations 2 --groups 2 --group_size 4 --anchors 2"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from neighbor_grpo.algorithms import DanceGRPO, NeighborGRPO
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.cli import main
 from neighbor_grpo.lab import cost
 from neighbor_grpo.lab.cost import (
@@ -18,7 +19,8 @@ from neighbor_grpo.lab.cost import (
     timed_phases,
 )
 from neighbor_grpo.models.sd3 import SD3Settings
-from neighbor_grpo.training import Trainer, TrainSettings
+from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.training import TrainSettings
 
 TINY_FLUX = dict(in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2)
 TINY_FLUX |= dict(joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), guidance_embeds=True)

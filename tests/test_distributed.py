@@ -10,10 +10,12 @@ from helpers import STRAYED, TinyTask, assert_same_outcome, strayed, weights
 from torch import multiprocessing
 
 from neighbor_grpo import training
-from neighbor_grpo.algorithms import NeighborGRPO
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.trajectories import OPGRPO
 from neighbor_grpo.runs import folder as run_folder
-from neighbor_grpo.training import Checkpoints, Trainer, TrainSettings, gather, read_rows
+from neighbor_grpo.runs.folder import Checkpoints, gather, read_rows
+from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.training import TrainSettings
 
 ALGORITHMS = {
     "neighbor": NeighborGRPO(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_flux
 
-from neighbor_grpo.algorithms import take
+from neighbor_grpo.rollouts import take
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.models.flux import FLUX, FluxPolicy, flux_latent_shape, flux_shift, flux_text_of, pack, unpack
 from neighbor_grpo.models.sd3 import ADAPTER, SD3Settings, decode, encode_prompts, open_pipeline, quiet, save_policy

@@ -21,11 +21,12 @@ import torch._dynamo  # which AdamW imports: once, before processes are forked
 from helpers import TinyTask, assert_same_outcome, differences
 
 from neighbor_grpo import cli  # imported once, before processes are forked
-from neighbor_grpo.algorithms import NeighborGRPO
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.runs.folder import Checkpoints, append_row, held, kept, load_tensors, new_folder, open_run, read_rows
 from neighbor_grpo.tasks import digits, toy2d  # noqa: F401  # imported once, before processes are forked
-from neighbor_grpo.training import Trainer, TrainSettings, plot_run, run_config
+from neighbor_grpo.runs.trainer import Trainer, plot_run, run_config
+from neighbor_grpo.training import TrainSettings
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2, kl_weight=0.05)
 SETTINGS = TrainSettings(iterations=4, groups=2, ema=0.8, eval_every=2, checkpoint_every=2)

@@ -8,17 +8,8 @@ import transformers
 from PIL import Image
 
 from neighbor_grpo.rewards import judges as library
-from neighbor_grpo.rewards.judges import (
-    CLIPScore,
-    Compressibility,
-    HPSv21,
-    PickScore,
-    RemoteReward,
-    RewardServer,
-    is_path,
-    reward_names,
-    to_pictures,
-)
+from neighbor_grpo.rewards.judges import CLIPScore, HPSv21, PickScore, is_path, reward_names
+from neighbor_grpo.rewards.remote import Compressibility, RemoteReward, RewardServer, to_pictures
 
 # --- sources ---
 

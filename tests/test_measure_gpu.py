@@ -15,7 +15,8 @@ import torch
 import yaml
 
 import measure_gpu
-from neighbor_grpo.algorithms import DanceGRPO, NeighborGRPO
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.lab import benchmark, cost
 from neighbor_grpo.lab.benchmark import StreamTime
 from neighbor_grpo.lab.cost import (

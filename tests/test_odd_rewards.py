@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import TinyTask, weights
 
-from neighbor_grpo.algorithms import NeighborGRPO
-from neighbor_grpo.training import Trainer, TrainSettings
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.training import TrainSettings
 
 
 @pytest.mark.parametrize("odd", [None, "good", ["a", "b"], [1 + 2j] * 8], ids=["none", "text", "texts", "complex"])

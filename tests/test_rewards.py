@@ -28,26 +28,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from neighbor_grpo.algorithms import NeighborGRPO
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.grpo import combine_rewards
 from neighbor_grpo.rewards import judges as library
-from neighbor_grpo.rewards.judges import (
-    Aesthetic,
-    CLIPScore,
-    Compressibility,
-    HPSv21,
-    PickScore,
-    RemoteReward,
-    Reward,
-    Rewards,
-    RewardServer,
-    make_rewards,
-    pack,
-    parse_rewards,
-    to_pictures,
-    unpack,
-)
-from neighbor_grpo.training import Trainer, TrainSettings
+from neighbor_grpo.rewards.judges import (Aesthetic, CLIPScore, HPSv21, PickScore, Rewards, make_rewards, pack,
+                                          parse_rewards, unpack)
+from neighbor_grpo.rewards.remote import Compressibility, RemoteReward, Reward, RewardServer, to_pictures
+from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.training import TrainSettings
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

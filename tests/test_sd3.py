@@ -23,7 +23,8 @@ from tiny import tiny_sd3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from neighbor_grpo.algorithms import NeighborGRPO, take
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rollouts import take
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.models.sd3 import (
     ADAPTER,

@@ -14,23 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neighbor_grpo import training
-from neighbor_grpo.algorithms import DanceGRPO, NeighborGRPO, take
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.gaussian import DanceGRPO
+from neighbor_grpo.rollouts import take
 from neighbor_grpo.flow import seeded
 from neighbor_grpo.runs import folder as run_folder
-from neighbor_grpo.training import (
-    Checkpoints,
-    Trainer,
-    TrainSettings,
-    append_row,
-    choose_prompts,
-    kept,
-    load_trained,
-    plot_run,
-    read_config,
-    read_rows,
-    trained_state,
-    write_atomically,
-)
+from neighbor_grpo.runs.folder import Checkpoints, append_row, kept, read_config, read_rows, write_atomically
+from neighbor_grpo.runs.trainer import Trainer, load_trained, plot_run, trained_state
+from neighbor_grpo.training import TrainSettings, choose_prompts
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2, kl_weight=0.05)
 SETTINGS = TrainSettings(iterations=6, groups=3, updates=2, lr=1e-2, ema=0.8, eval_every=2, checkpoint_every=2)

@@ -48,7 +48,7 @@ MARGIN = 2.0  # seconds before its limit at which a part should be ready
 
 def judged_latents(latents):
     "`(N, C, h, w) -> (N,)`: minus the kilobytes of each one's first three channels as a JPEG."
-    from neighbor_grpo.rewards.judges import Compressibility
+    from neighbor_grpo.rewards.remote import Compressibility
 
     return Compressibility()((latents[:, :3] / 6 + 0.5).clamp(0, 1), [""] * len(latents))
 
@@ -67,9 +67,10 @@ def fixed_scores(task, velocity, count=16):
 
 def tiny_trainer(device, iterations, pixels, folder, resume=False):
     "A run of Neighbor GRPO on a tiny SD3 with random weights."
-    from neighbor_grpo.algorithms import NeighborGRPO
+    from neighbor_grpo.neighbor import NeighborGRPO
     from neighbor_grpo.lab.cost import RandomTask
-    from neighbor_grpo.training import Trainer, TrainSettings
+    from neighbor_grpo.runs.trainer import Trainer
+    from neighbor_grpo.training import TrainSettings
 
     algorithm = NeighborGRPO(steps=4, trained_steps=2, anchors=12, sigma=0.6, shift=0.0)
     settings = TrainSettings(
@@ -81,7 +82,7 @@ def tiny_trainer(device, iterations, pixels, folder, resume=False):
 
 def everything(trainer):
     "All tensors that a run ends with, and its rows but for the seconds."
-    from neighbor_grpo.training import flat_optimizer
+    from neighbor_grpo.runs.trainer import flat_optimizer
 
     tensors = {**trainer.policy.state_dict(), **flat_optimizer(trainer.optimizer)}
     return tensors, [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.rows]
@@ -130,7 +131,8 @@ def check(device, seconds, report, known, iterations, pixels):
 
 def algorithms(small):
     "At their papers' settings, the cheapest first; or with few candidates and steps."
-    from neighbor_grpo.algorithms import DanceGRPO, FlowGRPO, NeighborGRPO
+    from neighbor_grpo.neighbor import NeighborGRPO
+    from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
     from neighbor_grpo.rivals.forward import DiffusionNFT
     from neighbor_grpo.rivals.mixed import TempFlowGRPO
 
@@ -192,7 +194,7 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
     import torch
     import yaml
 
-    from neighbor_grpo.algorithms import NeighborGRPO
+    from neighbor_grpo.neighbor import NeighborGRPO
     from neighbor_grpo.lab.cost import measure_model
     from neighbor_grpo.models.sd3 import SD3Settings
 

@@ -31,11 +31,12 @@ import torch
 from scipy.stats import t as student
 from tqdm.auto import tqdm
 
-from ..algorithms import Algorithm
+from ..rollouts import Algorithm
 from ..flow import require
 from ..runs.folder import (Checkpoints, check_config, held, make_folder, open_run, read_config, read_rows,
                                   write_atomically, write_config)
-from ..training import Task, Trainer, TrainSettings, run_config, save_picture
+from ..runs.trainer import Trainer, run_config, save_picture
+from ..training import Task, TrainSettings, evaluations, penalties_of
 
 # %% ../../nbs/lab/compare.ipynb #55fdd2ab
 AXES = {"iterations": "iterations", "evaluations": "forward-equivalents", "seconds": "seconds"}
@@ -89,7 +90,8 @@ def cost(
     variant: Variant,
 ) -> float:  # forward-equivalents of all samples of the iteration
     "What an iteration took: an evaluation with gradient counts three, one of the reference one more."
-    per_sample = row["nfe_old"] + variant.algorithm.gradient_cost * row["nfe_theta"]
+    trained, asked = evaluations(variant.algorithm, penalties_of(variant.settings))
+    per_sample = row["nfe_old"] + (3 + (asked / trained if trained else 0)) * row["nfe_theta"]
     return round(per_sample * variant.settings.groups * variant.algorithm.group_size, 6)  # a third is not exact
 
 # %% ../../nbs/lab/compare.ipynb #9e58ffe1

@@ -23,12 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from ..algorithms import Algorithm
-from .benchmark import CostTask, NetworkClock, StreamTime, forward_equivalents, wall_time
+from ..rollouts import Algorithm
+from .benchmark import CostTask, NetworkClock, StreamTime, wall_time
 from ..flow import require
 from ..models.flux import FLUX, SD3, Family
 from ..models.sd3 import SD3Settings, decode, quiet
-from ..training import Trainer, TrainSettings
+from ..runs.trainer import Trainer
+from ..training import TrainSettings, forward_equivalents
 
 # %% ../../nbs/lab/cost.ipynb #9e47f3fc
 with quiet():
@@ -240,21 +241,20 @@ def timed_phases(
     trainer: Trainer,  # of a `RandomTask`
 ) -> dict[str, float]:  # seconds of an iteration and its rollout; shares; peak memory in GB
     "Time one iteration, in two phases, and say which shares are the transformer's, the decoder's and the optimizer's."
-    cuda, collect, marks, steps = trainer.trained[0].device.type == "cuda", trainer.collect, {}, []
+    cuda, credit, marks, steps = trainer.trained[0].device.type == "cuda", trainer.credit, {}, []
     now = StreamTime if cuda else wall_time
     if cuda: torch.cuda.reset_peak_memory_stats()
     network, decoder = (NetworkClock(part, now) for part in (trainer.policy.transformer, trainer.task.decoder))
     hooks = [trainer.optimizer.register_step_pre_hook(lambda *_: steps.append([now()])),
              trainer.optimizer.register_step_post_hook(lambda *_: steps[-1].append(now()))]
     start = wall_time()
-    def timed_collect():
-        collected = collect()
+    def credit_in_time(rewards):  # all is collected now
         marks.update(rollout=wall_time() - start, inside=network.seconds)
-        return collected
-    trainer.collect = timed_collect
+        return credit(rewards)
+    trainer.credit = credit_in_time
     try: trainer.step()
     finally:
-        del trainer.collect
+        del trainer.credit
         for clock in (network, decoder): clock.close()
         for hook in hooks: hook.remove()
     seconds, rollout, inside = wall_time() - start, marks["rollout"], marks["inside"]
@@ -322,8 +322,9 @@ def measure_model(
     start, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
     task = RandomTask(model, height, width, settings, device, decode_batch, judge)
     with torch.compiler.set_stance("force_eager"): counted = count_operations(task.policy, *task.states(1))
-    algorithms = [replace(a, micro_batch=micro_batch, shift=task.shift) for a in algorithms]
-    trainers = [Trainer(task, a, TrainSettings(groups=groups, lr=1e-6, ema=ema)) for a in algorithms]
+    algorithms = [replace(a, shift=task.shift) for a in algorithms]
+    settings_of_loop = TrainSettings(groups=groups, micro_batch=micro_batch, lr=1e-6, ema=ema)
+    trainers = [Trainer(task, a, settings_of_loop) for a in algorithms]
     def table(found: list[list[dict]]) -> list[dict]:
         rows = [summary(a, timed, counted, groups) for a, timed in zip(algorithms, found) if timed]
         ratios = [[b["seconds"] / a["seconds"] for a, b in zip(found[0], timed)] for timed in found if timed]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
-from ..algorithms import check_types, take
+from ..rollouts import check_types, take
 from ..flow import Velocity, interpolate, one_cycle, randn, require, seeded, time_grid, velocity_target
 from ..runs.folder import (append_row, check_config, held, make_folder, read_rows, to_line, without_clock,
                                   write_atomically)
@@ -37,7 +37,8 @@ from .sd3 import (MINIATURE, SD3Policy, SD3Settings, absolute, check_source, dec
                                latent_shape, open_pipeline, pipeline_shift, quiet, read_inputs, save_policy, text_of,
                                tile, write_inputs)
 from ..solvers import solve
-from ..training import Snapshot, draw_panels
+from ..runs.trainer import Snapshot, draw_panels
+from ..training import Task
 
 # %% ../../nbs/models/miniature.ipynb #e1abb225
 with quiet():  # without hints to install torchvision, which would break things
@@ -549,8 +550,10 @@ class ScenesSettings(SD3Settings):
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
 
 # %% ../../nbs/models/miniature.ipynb #de6deaad
-class ScenesTask:
+class ScenesTask(Task):
     "The scenes rung: a miniature Stable Diffusion 3 whose images are checked against their captions."
+    saves = True
+
     def __init__(self, settings: ScenesSettings = ScenesSettings(),
                  folder: str | Path | None = None,  # of the run: what the pipeline is known by is kept in it
                  seed: int = 0,  # of the adapters
@@ -572,6 +575,20 @@ class ScenesTask:
         self.policy = SD3Policy(copy.deepcopy(self.pipeline.transformer), settings, negative, seed)
         self.base = SD3Policy(self.pipeline.transformer, SD3Settings(guidance_scale=settings.guidance_scale), negative)
         self.base.requires_grad_(False)
+
+    @property
+    def coarse(self) -> bool:
+        "Whether the policy answers in half precision."
+        return self.policy.coarse
+
+    @property
+    def split_guidance(self) -> bool:
+        "Whether training guides otherwise than the rollout does."
+        return self.policy.split_guidance
+
+    def reference(self) -> nn.Module:
+        "The velocity as it is now, at the guidance of the trained steps."
+        return self.policy.reference()
 
     def encode(self, captions: list[Caption]) -> dict[str, Tensor]:
         "Captions as the transformer takes them."

@@ -32,7 +32,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..algorithms import check_types, take
+from ..rollouts import check_types, take
 from ..flow import require
 from ..runs.folder import checksum, make_folder, read_sealed, seal, world, write_atomically
 from ..rewards.judges import is_path, say_asking

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from ..flow import require
 from .folder import gather, read_config, world, write_atomically
-from ..training import Trainer
+from .trainer import Trainer
 
 # %% ../../nbs/runs/processes.ipynb #5d5ea8fa
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")  # what a launcher tells
@@ -203,8 +203,8 @@ class Tracking:
 
     def draw(self, trainer: Trainer) -> dict[int, np.ndarray]:
         "The task's images. Every process draws them, since their weights may be split."
-        if not hasattr(trainer.task, "images"): return {}
-        with torch.no_grad(): return {trainer.iteration: image_grid(trainer.task.images(trainer.velocity))}
+        with torch.no_grad(): images = trainer.task.images(trainer.velocity)
+        return {} if images is None else {trainer.iteration: image_grid(images)}
 
     def show(self, tracker: GeneralTracker, grid: np.ndarray, step: int) -> None:
         "Each tracker has its own way of taking an image."

@@ -18,10 +18,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..algorithms import check_types
+from ..rollouts import check_types
 from ..flow import TimeEmbedding, Velocity, randn, require, seeded, time_grid, train_flow
 from ..solvers import solve
-from ..training import draw_panels, kept, snapshot_of
+from ..runs.folder import kept
+from ..runs.trainer import draw_panels, snapshot_of
+from ..training import Task
 
 # %% ../../nbs/tasks/digits.ipynb #103f1eb7
 NULL = 10  # the label that stands for any digit
@@ -162,7 +164,7 @@ class DigitsSettings:
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
 
 # %% ../../nbs/tasks/digits.ipynb #08632488
-class DigitsTask:
+class DigitsTask(Task):
     "The digits rung: a class-conditional flow, trained on without a label towards one digit."
     shape, prompts = (1, 8, 8), 1
 

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from ..algorithms import take
+from ..rollouts import take
 from ..flow import Velocity, randn, require, seeded, time_grid
 from ..models.flux import FLUX, SD3, Family
 from ..runs.folder import (checksum, gather, make_folder, read_sealed, seal, sync_folder, world,
@@ -37,7 +37,8 @@ from ..rewards.judges import Rewards, make_rewards, parse_rewards, reward_names
 from ..models.sd3 import (SD3Settings, WithoutAdapters, absolute, check_source, count_cut, decode, encode_prompts,
                                open_pipeline, read_inputs, save_policy, tile, write_inputs)
 from ..solvers import solve
-from ..training import draw_panels
+from ..runs.trainer import draw_panels
+from ..training import Task
 
 # %% ../../nbs/tasks/images.ipynb #485284a7
 GIVEN = ("prompts", "held_out")  # settings that name a file
@@ -312,8 +313,9 @@ def distances(
     return [(images[i] - images[j]).square().mean().sqrt().item() for i, j in pairs]
 
 # %% ../../nbs/tasks/images.ipynb #5204639d
-class ImagesTask:
+class ImagesTask(Task):
     "Prompts, rewards and a large text-to-image flow."
+    saves = True
     family: Family = SD3
     "Which kind of flow."
 
@@ -360,6 +362,20 @@ class ImagesTask:
     def conditions(self, prompts: Tensor) -> dict[str, Tensor]:
         "The encoded prompts `(P,)`."
         return {key: value.to(self.device) for key, value in take(self.cond, prompts.cpu()).items()}
+
+    @property
+    def coarse(self) -> bool:
+        "Whether the policy answers in half precision."
+        return self.policy.coarse
+
+    @property
+    def split_guidance(self) -> bool:
+        "Whether training guides otherwise than the rollout does."
+        return self.policy.split_guidance
+
+    def reference(self) -> nn.Module:
+        "The velocity as it is now, at the guidance of the trained steps."
+        return self.policy.reference()
 
     def decode(self, latents: Tensor) -> Tensor:
         "`(N, *shape) -> (N, 3, H, W)` in [0, 1]."

@@ -15,10 +15,12 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from ..algorithms import check_types
+from ..rollouts import check_types
 from ..flow import Velocity, VelocityMLP, eight_gaussians, randn, require, seeded, time_grid, train_flow
 from ..solvers import solve
-from ..training import draw_panels, kept, snapshot_of
+from ..runs.folder import kept
+from ..runs.trainer import draw_panels, snapshot_of
+from ..training import Task
 
 # %% ../../nbs/tasks/toy2d.ipynb #e432b7c9
 def mode_means(
@@ -59,7 +61,7 @@ class ToySettings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
 
 # %% ../../nbs/tasks/toy2d.ipynb #f8d2f10f
-class ToyTask:
+class ToyTask(Task):
     "The 2-D rung: a pretrained flow to eight Gaussians, and `exp(-d^2 / 2 width^2)` for the distance `d` to one mean."
     shape, prompts = (2,), 1
 
