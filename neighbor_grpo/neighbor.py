@@ -124,7 +124,7 @@ class NeighborGRPO(StepAlgorithm):
         return -step_response(ts, self.method), torch.ones_like(ts[:-1])
 
     @property
-    def untrained(self) -> range:
+    def untrained(self) -> list[int]:
         "The steps that are never trained."
         return untrained_steps(self.steps, self.steps, self.trained_steps, self.train_where)
 

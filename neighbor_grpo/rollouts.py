@@ -150,9 +150,10 @@ def untrained_steps(
     total: int,  # steps there are to choose from
     count: int,  # K
     where: str,  # "random", "first" or "last"
-) -> range:
+) -> list[int]:
     "The steps that `choose_steps` never chooses; none where it draws."
-    return {"first": range(count, steps), "last": range(total - count), "random": range(0)}[where]
+    first = 0 if where == "first" else total - count
+    return [] if where == "random" else [k for k in range(steps) if not first <= k < first + count]
 
 
 def everyone(rollout: Rollout) -> Tensor:  # (P, G)
@@ -256,6 +257,10 @@ class Algorithm:
              surrogate: Surrogate = surrogate) -> Tensor:
         "Minus what these states add to the objective, as a sum over them."
         raise NotImplementedError
+
+    def distance_weights(self, rollout: Rollout, states: States) -> Tensor | float:
+        "(M,): what a squared distance of two velocities counts at each state, to be a divergence of their policies."
+        return 1.0  # a deterministic policy has no divergence
 
     @torch.no_grad()
     def rollout(self, velocity: Velocity, noise: Tensor, cond: object = None, generator: Generators = None,

@@ -189,7 +189,7 @@ class Penalty:
     "What keeps a policy near its reference. One that is new to the loop has these members."
     weight: float
 
-    def at_trained(self, watched: Watched, reference: Velocity) -> Tensor | float:
+    def at_trained(self, watched: Watched, reference: Velocity, weights: Tensor | float) -> Tensor | float:
         "What a micro-batch of trained states adds to the loss, summed over them; the policy was asked already."
         return 0.0
 
@@ -210,10 +210,11 @@ def squared_distance(
     v: Tensor,  # (M, *shape)
     velocity: Velocity,
     inputs: tuple,  # where `v` was taken
+    weights: Tensor | float = 1.0,  # (M,) of the states
 ) -> Tensor:  # a scalar
     "Mean squared distance of two velocities, summed over the states; no gradient through the second one."
     with torch.no_grad(): other = velocity(*inputs)
-    return (v - other).square().flatten(1).mean(1).sum()
+    return (weights * (v - other).square().flatten(1).mean(1)).sum()
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ class VelocityPenalty(Penalty):
     "Keeps the policy near the reference at the states that are trained; one more evaluation for each."
     weight: float
 
-    def at_trained(self, watched: Watched, reference: Velocity) -> Tensor:
-        return self.weight * squared_distance(watched.v, reference, watched.inputs)
+    def at_trained(self, watched: Watched, reference: Velocity, weights: Tensor | float) -> Tensor:
+        return self.weight * squared_distance(watched.v, reference, watched.inputs, weights)
 
     def evaluations(self, algorithm: Algorithm) -> tuple[float, float]:
         return 0.0, algorithm.nfe_theta
@@ -465,7 +466,8 @@ def iterate(
         for states in trained.split(s.micro_batch):
             watched = Watched(run.policy)
             loss = algorithm.loss(watched, old, states, advantages, on_policy, stats.surrogate)
-            for penalty in run.penalties: loss = loss + penalty.at_trained(watched, run.reference)
+            weights = algorithm.distance_weights(old, states)
+            for penalty in run.penalties: loss = loss + penalty.at_trained(watched, run.reference, weights)
             backward(loss / len(trained))
         for penalty, chosen in zip(run.penalties, others):
             for states in chosen.split(s.micro_batch):

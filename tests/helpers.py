@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.solvers import solve
 from neighbor_grpo.runs.folder import Checkpoints, read_rows
+from neighbor_grpo.solvers import solve
 
 
 class GaussianFlow:

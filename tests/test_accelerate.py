@@ -19,12 +19,13 @@ from helpers import STRAYED, TinyTask, assert_same_outcome, outcome, strayed
 from tiny import tiny_flux, tiny_sd3
 from torch.distributed.fsdp import FSDPModule
 
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rollouts import take
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.models.flux import FluxPolicy, flux_text_of
 from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings, decode, encode_prompts
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rollouts import take
 from neighbor_grpo.runs import processes as distributed
+from neighbor_grpo.runs.folder import gather, read_rows
 from neighbor_grpo.runs.processes import (
     TRACKERS,
     Tracking,
@@ -35,9 +36,8 @@ from neighbor_grpo.runs.processes import (
     make_accelerator,
     splitter,
 )
-from neighbor_grpo.solvers import solve
-from neighbor_grpo.runs.folder import gather, read_rows
 from neighbor_grpo.runs.trainer import Trainer, trained_state
+from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import TrainSettings
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=4, anchors=2, trained_steps=2, kl_weight=0.05)

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
-from neighbor_grpo.rollouts import Algorithm, take
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.reweighting import quasi_norm
-from neighbor_grpo.rivals.mixed import MixGRPO, TempFlowGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
+from neighbor_grpo.rivals.mixed import MixGRPO, TempFlowGRPO
+from neighbor_grpo.rollouts import Algorithm, take
 from neighbor_grpo.solvers import METHODS, solve, step_response
 from neighbor_grpo.tasks.digits import NULL, UNet
 

@@ -13,12 +13,12 @@ from helpers import TinyTask
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.cli import COMMANDS, MAX_BYTES, TASKS, main, read_command, read_recipe, read_study, train_parser
 from neighbor_grpo.flow import require
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
-from neighbor_grpo.tasks.toy2d import ToySettings
 from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.tasks.toy2d import ToySettings
 from neighbor_grpo.training import TrainSettings
 
 RAW = "Error: |Traceback|NoneType|<class|typing\\.|got None|NestedArg|object is not|Parser key"
@@ -345,8 +345,7 @@ def test_files_give_defaults_with_the_types_of_the_settings():
 
 
 def test_the_packaged_miniature_has_a_name(tmp_path, monkeypatch, capsys):
-    from neighbor_grpo.models.sd3 import MINIATURE
-    from neighbor_grpo.models.sd3 import open_pipeline
+    from neighbor_grpo.models.sd3 import MINIATURE, open_pipeline
 
     monkeypatch.chdir(tmp_path)
     one, two = open_pipeline("miniature"), open_pipeline(MINIATURE)

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.cli import main
 from neighbor_grpo.lab import compare
 from neighbor_grpo.lab.compare import Study, Variant, against, cost, interval, positions, progress_of, read_at, table
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings

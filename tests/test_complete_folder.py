@@ -13,11 +13,10 @@ from neighbor_grpo.cli import main
 from neighbor_grpo.lab import compare
 from neighbor_grpo.models import sd3
 from neighbor_grpo.models.miniature import ScenesSettings, ScenesTask
-from neighbor_grpo.models.sd3 import MINIATURE
-from neighbor_grpo.models.sd3 import check_source, quiet, read_inputs, write_inputs
+from neighbor_grpo.models.sd3 import MINIATURE, check_source, quiet, read_inputs, write_inputs
+from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask
-from neighbor_grpo.runs.folder import read_rows
 
 TEXTS = ["a cat", "two dogs", "a red bird", "a tree", "a house", "a fish"]
 TINY = (

@@ -4,8 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.cli import main
 from neighbor_grpo.lab import cost
 from neighbor_grpo.lab.cost import (
@@ -19,6 +17,8 @@ from neighbor_grpo.lab.cost import (
     timed_phases,
 )
 from neighbor_grpo.models.sd3 import SD3Settings
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 

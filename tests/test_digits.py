@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import weights
 
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.flow import randn, seeded
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.tasks.digits import (
     NULL,
     Classifier,
@@ -21,7 +22,6 @@ from neighbor_grpo.tasks.digits import (
     mosaic,
     train_classifier,
 )
-from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 
 FIGURES = {"reward", "judge", "frechet", "diversity"}

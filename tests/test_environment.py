@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from neighbor_grpo import cli
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.grpo import SurrogateStats
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.runs import processes as distributed
 from neighbor_grpo.runs.processes import CHECKED, check_environment, check_world, make_accelerator, tracker_names

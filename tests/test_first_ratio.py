@@ -7,9 +7,9 @@ import torch
 from tiny import tiny_sd3
 from torch import nn
 
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_flux
 
-from neighbor_grpo.rollouts import take
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.models.flux import FLUX, FluxPolicy, flux_latent_shape, flux_shift, flux_text_of, pack, unpack
 from neighbor_grpo.models.sd3 import ADAPTER, SD3Settings, decode, encode_prompts, open_pipeline, quiet, save_policy
+from neighbor_grpo.rollouts import take
 from neighbor_grpo.solvers import solve
 
 PROMPTS, STEPS = ["a cat", "two dogs", "a red bird"], 5

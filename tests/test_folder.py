@@ -24,8 +24,8 @@ from neighbor_grpo import cli  # imported once, before processes are forked
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.runs.folder import Checkpoints, append_row, held, kept, load_tensors, new_folder, open_run, read_rows
-from neighbor_grpo.tasks import digits, toy2d  # noqa: F401  # imported once, before processes are forked
 from neighbor_grpo.runs.trainer import Trainer, plot_run, run_config
+from neighbor_grpo.tasks import digits, toy2d  # noqa: F401  # imported once, before processes are forked
 from neighbor_grpo.training import TrainSettings
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2, kl_weight=0.05)

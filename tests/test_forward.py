@@ -8,14 +8,14 @@ from helpers import Counted, PointwiseVelocity, SmallNet, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, ForwardProcess, forward_times
+from neighbor_grpo.rollouts import Algorithm
+from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import METHODS, solve
 from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
-from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 
 SHAPE = (3, 2, 2)

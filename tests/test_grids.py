@@ -7,8 +7,8 @@ import torch
 
 from neighbor_grpo.cli import read_command
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.rivals.mixed import TempFlowGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.mixed import TempFlowGRPO
 
 # What pipelines of SD3.5 take in ten steps where nobody passes them sigmas.
 SD35 = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0]

@@ -16,19 +16,18 @@ from safetensors.torch import load_file
 from test_algorithms import SMALL
 from tiny import tiny_flux, tiny_sd3
 
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.cli import main, read_command, read_recipe, recipes
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.models import sd3
 from neighbor_grpo.models.sd3 import encode_prompts, open_pipeline, quiet
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
-from neighbor_grpo.solvers import solve
-from neighbor_grpo.tasks import images
-from neighbor_grpo.tasks.images import (FluxTask, ImagesSettings, ImagesTask, choose_device, open_encoded,
-                                        split_prompts)
-from neighbor_grpo.tasks.prompts import read_prompts
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.trainer import Trainer, trained_state
+from neighbor_grpo.solvers import solve
+from neighbor_grpo.tasks import images
+from neighbor_grpo.tasks.images import FluxTask, ImagesSettings, ImagesTask, choose_device, open_encoded, split_prompts
+from neighbor_grpo.tasks.prompts import read_prompts
 from neighbor_grpo.training import TrainSettings
 
 PROMPTS = ["a cat", "two dogs", "a red bird", "a tree", "a house"]

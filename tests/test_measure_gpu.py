@@ -15,8 +15,6 @@ import torch
 import yaml
 
 import measure_gpu
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.lab import benchmark, cost
 from neighbor_grpo.lab.benchmark import StreamTime
 from neighbor_grpo.lab.cost import (
@@ -29,6 +27,8 @@ from neighbor_grpo.lab.cost import (
     timed_rounds,
 )
 from neighbor_grpo.models.sd3 import SD3Settings
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.gaussian import DanceGRPO
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ["NeighborGRPO", "TempFlowGRPO", "FlowGRPO", "DiffusionNFT", "DanceGRPO"]

@@ -20,21 +20,41 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel
 
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.models import miniature
-from neighbor_grpo.models.miniature import (KINDS, LENGTH, PretrainSettings, ScenesSettings, ScenesTask,
-                                            accuracies, clip_vocabulary, cycle, draw_images, draw_scenes,
-                                            encode_scenes, make_pipeline, make_tokenizers, model_card,
-                                            networks_of, pretrain, pretraining_captions, scene_loss, spell,
-                                            train_transformer, train_vae, wilson, with_networks, within)
-from neighbor_grpo.models.sd3 import MINIATURE
-from neighbor_grpo.models.sd3 import SD3Policy, decode, encode_prompts, open_pipeline, quiet
-from neighbor_grpo.solvers import solve
-from neighbor_grpo.tasks.scenes import all_captions, draw_layout, render, split_captions, verify, words
+from neighbor_grpo.models.miniature import (
+    KINDS,
+    LENGTH,
+    PretrainSettings,
+    ScenesSettings,
+    ScenesTask,
+    accuracies,
+    clip_vocabulary,
+    cycle,
+    draw_images,
+    draw_scenes,
+    encode_scenes,
+    make_pipeline,
+    make_tokenizers,
+    model_card,
+    networks_of,
+    pretrain,
+    pretraining_captions,
+    scene_loss,
+    spell,
+    train_transformer,
+    train_vae,
+    wilson,
+    with_networks,
+    within,
+)
+from neighbor_grpo.models.sd3 import MINIATURE, SD3Policy, decode, encode_prompts, open_pipeline, quiet
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.solvers import solve
+from neighbor_grpo.tasks.scenes import all_captions, draw_layout, render, split_captions, verify, words
 from neighbor_grpo.training import TrainSettings
 
 PACKAGED = pytest.mark.skipif(not MINIATURE.exists(), reason="the package has no pretrained pipeline yet")

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
-from neighbor_grpo.rivals.gaussian import SDEGRPO
-from neighbor_grpo.rollouts import States
 from neighbor_grpo.flow import denoised, implied_noise, randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats
+from neighbor_grpo.rivals.gaussian import SDEGRPO
 from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO, chain
+from neighbor_grpo.rollouts import States
+from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.sde import cps
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 
 SHAPE = (3, 2, 2)

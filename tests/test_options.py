@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from test_algorithms import SHAPE, SMALL, collect, every_algorithm, loss_gradient, streams, total_loss, trained
 from torch.distributions import Normal
 
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
-from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats, clipped_surrogate, combine_rewards, group_advantages
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.forward import ForwardProcess
+from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
 from neighbor_grpo.rivals.modifiers import chunk_means, equal_pull, extremes, guarded, shape_advantages
-from neighbor_grpo.solvers import solve
+from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import TrainSettings
 
 SETTINGS = TrainSettings(iterations=2, groups=3, updates=2, lr=1e-2)

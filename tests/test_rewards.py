@@ -28,11 +28,20 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.grpo import combine_rewards
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rewards import judges as library
-from neighbor_grpo.rewards.judges import (Aesthetic, CLIPScore, HPSv21, PickScore, Rewards, make_rewards, pack,
-                                          parse_rewards, unpack)
+from neighbor_grpo.rewards.judges import (
+    Aesthetic,
+    CLIPScore,
+    HPSv21,
+    PickScore,
+    Rewards,
+    make_rewards,
+    pack,
+    parse_rewards,
+    unpack,
+)
 from neighbor_grpo.rewards.remote import Compressibility, RemoteReward, Reward, RewardServer, to_pictures
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal
 
-from neighbor_grpo.rivals.gaussian import FlowGRPO
-from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.gaussian import FlowGRPO
 from neighbor_grpo.rivals.trajectories import OPGRPO, TMPO, best_of_each
+from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 

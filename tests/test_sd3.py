@@ -23,8 +23,6 @@ from tiny import tiny_sd3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rollouts import take
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.models.sd3 import (
     ADAPTER,
@@ -39,6 +37,8 @@ from neighbor_grpo.models.sd3 import (
     quiet,
     save_policy,
 )
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rollouts import take
 from neighbor_grpo.solvers import solve
 
 PROMPTS, STEPS = ["a cat", "two dogs", "a red bird"], 5

@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers import weights
 
-from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.flow import seeded
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
-from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask, mode_shares
 from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask, mode_shares
 from neighbor_grpo.training import TrainSettings
 
 ALGORITHM = NeighborGRPO(sigma=0.3, group_size=12, anchors=4, trained_steps=4, steps=8)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neighbor_grpo import training
+from neighbor_grpo.flow import seeded
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.rollouts import take
-from neighbor_grpo.flow import seeded
 from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.runs.folder import Checkpoints, append_row, kept, read_config, read_rows, write_atomically
 from neighbor_grpo.runs.trainer import Trainer, load_trained, plot_run, trained_state

@@ -67,8 +67,8 @@ def fixed_scores(task, velocity, count=16):
 
 def tiny_trainer(device, iterations, pixels, folder, resume=False):
     "A run of Neighbor GRPO on a tiny SD3 with random weights."
-    from neighbor_grpo.neighbor import NeighborGRPO
     from neighbor_grpo.lab.cost import RandomTask
+    from neighbor_grpo.neighbor import NeighborGRPO
     from neighbor_grpo.runs.trainer import Trainer
     from neighbor_grpo.training import TrainSettings
 
@@ -132,8 +132,8 @@ def check(device, seconds, report, known, iterations, pixels):
 def algorithms(small):
     "At their papers' settings, the cheapest first; or with few candidates and steps."
     from neighbor_grpo.neighbor import NeighborGRPO
-    from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
     from neighbor_grpo.rivals.forward import DiffusionNFT
+    from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
     from neighbor_grpo.rivals.mixed import TempFlowGRPO
 
     kinds = (NeighborGRPO, TempFlowGRPO, FlowGRPO, DiffusionNFT, DanceGRPO)
@@ -194,9 +194,9 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
     import torch
     import yaml
 
-    from neighbor_grpo.neighbor import NeighborGRPO
     from neighbor_grpo.lab.cost import measure_model
     from neighbor_grpo.models.sd3 import SD3Settings
+    from neighbor_grpo.neighbor import NeighborGRPO
 
     values = yaml.safe_load((ROOT / "neighbor_grpo" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
     if tiny:

@@ -10,7 +10,6 @@ __all__ = ['PAPER_SETTINGS', 'CLOCKS', 'CostTask', 'wall_time', 'StreamTime', 'N
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn

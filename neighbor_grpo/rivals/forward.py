@@ -16,8 +16,7 @@ from torch import Tensor
 from ..flow import Generators, Velocity, denoised, interpolate, randn, require, time_grid
 from ..grpo import group_advantages, standardized, surrogate
 from ..neighbors import neighbor_noise
-from ..rollouts import (Algorithm, Rollout, Standardize, States, Surrogate, check_settings, everyone, for_each,
-                                    per_state)
+from ..rollouts import (Algorithm, Rollout, Standardize, States, Surrogate, check_settings, everyone, for_each)
 from ..solvers import Trajectory, solve
 
 # %% ../../nbs/rivals/forward.ipynb #58588ca8

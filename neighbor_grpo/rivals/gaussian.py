@@ -118,6 +118,11 @@ class SDEGRPO(StepAlgorithm):
         (mean, std), (mean_old, _) = self.gaussian(rollout, states, v), self.gaussian(rollout, states, v_old)
         return ((mean - mean_old) / std).square().flatten(1).mean(1) / 2
 
+    def distance_weights(self, rollout: Rollout, states: States) -> Tensor:
+        "(M,): the step's mean is linear in the velocity, so its divergence is a weighted distance of velocities."
+        move, std = self.response(rollout.ts)
+        return states.select_step((move / std).square() / 2)
+
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
         "(S[, P]) each: how far the mean of a step that can be trained moves when the velocity moves by one, and its noise."
         first = ts[:len(ts) - 1 - self.steps + self.trainable[1]]
@@ -126,7 +131,7 @@ class SDEGRPO(StepAlgorithm):
         return mean.abs().view_as(first), std.expand_as(mean).view_as(first)
 
     @property
-    def untrained(self) -> range:
+    def untrained(self) -> list[int]:
         "The steps that are never trained."
         return untrained_steps(self.steps, self.trainable[1], self.trained_steps, self.train_where)
 

@@ -20,7 +20,7 @@ from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import check_rewards, group_advantages, in_units, surrogate
 from ..neighbor import NeighborGRPO
 from .gaussian import SDEGRPO
-from ..rollouts import (Algorithm, Rollout, Standardize, StepAlgorithm, States, Surrogate, Watched, check_types,
+from ..rollouts import (Algorithm, Rollout, Standardize, StepAlgorithm, Watched, check_types,
                                     for_each, per_state)
 from ..solvers import solve
 
@@ -43,13 +43,12 @@ class Modifier(StepAlgorithm):
     algorithm: Algorithm
     "What is modified; may have modifiers itself."
     fits: ClassVar[type] = StepAlgorithm
-    "Which algorithms; all need a clipped ratio."
+    "Which algorithms: those with ratios of their solver's steps, or all."
 
     def __post_init__(self):
         own = base(self)
-        fits = isinstance(own, self.fits) and own.has_ratio
-        kind = "ratios of its solver's steps" if self.fits is StepAlgorithm else "a ratio"
-        require(fits, type(self).__name__, type(own).__name__, f"around an algorithm with {kind}")
+        fits = self.fits is Algorithm or isinstance(own, self.fits) and own.has_ratio
+        require(fits, type(self).__name__, f"around {type(own).__name__}", "around an algorithm with ratios of its solver's steps")
         check_types(self)
 
     group_size, shift, grid, has_ratio = (inside(name) for name in ("group_size", "shift", "grid", "has_ratio"))
@@ -65,6 +64,7 @@ class Modifier(StepAlgorithm):
     def fitted(self, shift): return replace(self, algorithm=self.algorithm.fitted(shift))
     def recall(self, *arguments): return self.algorithm.recall(*arguments)
     def remember(self, *arguments): return self.algorithm.remember(*arguments)
+    def distance_weights(self, *arguments): return self.algorithm.distance_weights(*arguments)
     def response(self, ts): return self.algorithm.response(ts)
     def drift(self, *arguments): return self.algorithm.drift(*arguments)
 
@@ -164,6 +164,7 @@ class ChunkedRatios(Modifier):
 
     def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         size = self.chunk or self.trained_steps
+        if size == 1: return self.algorithm.loss(velocity, rollout, states, advantages, on_policy, surrogate)
         chunks = partial(chunk_means, steps=states.step, trained_steps=self.trained_steps, chunk=size)
 
         def chunked(log_prob, old, gains, clip_range, weight=1.0, entropy=None):
@@ -232,7 +233,7 @@ class Previews(Modifier):
         time_grid(self.scout_steps, self.shift, self.grid)  # raises on bad values
         own = base(self)
         alike = isinstance(own, SDEGRPO) and own.shared_noise
-        require(not alike, type(self).__name__, type(own).__name__, "around an algorithm whose candidates start apart")
+        require(not alike, type(self).__name__, f"around {type(own).__name__}", "around an algorithm whose candidates start apart")
 
     @torch.no_grad()
     def rollout(self, velocity: Velocity, noise: Tensor, cond: object = None, generator: Generators = None,
