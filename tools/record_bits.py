@@ -210,10 +210,10 @@ def meant(name, what):
 
 def today(arguments):
     "The words of the record as they are said today."
-    pairs = [pair for pair in " ".join(arguments).split("--")[1:]]
-    first, given = " ".join(arguments).split("--")[0].split(), {}
-    for pair in (RENAMED.get(pair.strip(), pair.strip()) for pair in pairs):
-        name, _, value = pair.partition(" ")
+    first, *pairs = " ".join(arguments).split("--")
+    given = {}
+    for pair in pairs:
+        name, _, value = RENAMED.get(pair.strip(), pair.strip()).partition(" ")
         given[name] = value
     algorithm = given.get("algorithm")
     if algorithm == "vgrpo" and given.pop("chunk", "0") == "1":
@@ -228,7 +228,7 @@ def today(arguments):
     if "slas" in modifiers:
         given = {"advantage_power": "0", "advantage_scale": "group"} | given
     given.pop("guard", None)
-    words = [*first, *(["--with", *sorted(modifiers)] if modifiers else [])]
+    words = [*first.split(), *(["--with", *sorted(modifiers)] if modifiers else [])]
     for name, value in given.items():
         words += [f"--{name}", *value.split()]
     return words
