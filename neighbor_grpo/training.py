@@ -459,15 +459,15 @@ def iterate(
     old, rewards, news = algorithm.recall(rollout, fresh, prompts, run.memory, generators)
     coarse = task.coarse and algorithm.has_ratio
     plans, again = coarse_updates(run, old, generators) if coarse else (updates(run, old, generators), 0.0)
-    advantages = run.credit(rewards)
+    advantages = run.credit(rewards).to(rollout.x.device)
 
     for old, trained, others, on_policy in plans:
         run.optimizer.zero_grad()
         for states in trained.split(s.micro_batch):
             watched = Watched(run.policy)
             loss = algorithm.loss(watched, old, states, advantages, on_policy, stats.surrogate)
-            weights = algorithm.distance_weights(old, states)
-            for penalty in run.penalties: loss = loss + penalty.at_trained(watched, run.reference, weights)
+            for penalty in run.penalties:
+                loss = loss + penalty.at_trained(watched, run.reference, algorithm.distance_weights(old, states))
             backward(loss / len(trained))
         for penalty, chosen in zip(run.penalties, others):
             for states in chosen.split(s.micro_batch):
