@@ -19,7 +19,8 @@ def sample_subsets(
     generator: Generators = None,  # one, or one for each row
 ) -> Tensor:  # (rows, count) int64, distinct within a row
     "A uniformly drawn subset for each row, in random order."
-    require(isinstance(count, int) and 1 <= count <= total, "count", count, f"an integer in [1, {total}]")
+    good = isinstance(count, int) and 1 <= count <= total
+    require(good, "count", count, f"an integer in [1, {total}]")
     each = generator if isinstance(generator, (list, tuple)) else [generator] * rows
     require(len(each) == rows, "generator", f"{len(each)} generators", f"one, or a list of {rows}")
     return torch.stack([torch.randperm(total, generator=g)[:count] for g in each])
@@ -31,7 +32,7 @@ def sample_anchors(
     anchors: int,  # B, in [1, G]
     generator: Generators = None,  # one, or one for each group
 ) -> Tensor:  # (P, B) int64, distinct within a group
-    "Choose which `B` of the `G` candidates of each group are trained (arXiv 2511.16955, sec. 3.4.1)."
+    "Choose which B of the G candidates of each group are trained (arXiv 2511.16955, sec. 3.4.1)."
     require(isinstance(anchors, int) and 1 <= anchors <= group_size, "anchors", anchors,
             f"an integer in [1, {group_size}], the group size")
     return sample_subsets(prompts, group_size, anchors, generator)
@@ -41,8 +42,9 @@ def distance_spread(
     candidates: Tensor,  # (P, G, *shape), G >= 3
 ) -> Tensor:  # (P,) coefficient of variation; 0 means equidistant
     "Standard deviation over mean of the pairwise squared distances of each group."
-    require(candidates.ndim >= 3 and candidates.shape[1] >= 3, "candidates", f"shape {tuple(candidates.shape)}",
-            "of shape (P, G, *shape), G >= 3")
+    shape = tuple(candidates.shape)
+    good = len(shape) >= 3 and shape[1] >= 3
+    require(good, "candidates", f"shape {shape}", "of shape (P, G, *shape), G >= 3")
     flat = candidates.flatten(2).to(torch.promote_types(candidates.dtype, torch.float32))
     square = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
     i, j = torch.triu_indices(flat.shape[1], flat.shape[1], 1)

@@ -22,32 +22,36 @@ def check_rewards(
     "Refuse rewards that are not a finite `(P, G)` tensor with at least two candidates a group."
     rewards = torch.as_tensor(rewards)
     shape = tuple(rewards.shape)
-    require(len(shape) == 2 and shape[1] >= 2, "rewards", f"shape {shape}", "of shape (P, G), G >= 2")
+    good = len(shape) == 2 and shape[1] >= 2
+    require(good, "rewards", f"shape {shape}", "of shape (P, G), G >= 2")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     bad = rewards[~rewards.isfinite()]
-    require(len(bad) == 0, "rewards", f"{bad[:3].tolist()} among {rewards.numel()} values", "finite")
+    found = f"{bad[:3].tolist()} among {rewards.numel()} values"
+    require(len(bad) == 0, "rewards", found, "finite")
     return rewards
 
 # %% ../nbs/grpo.ipynb #646a78fa
 def in_units(
     rewards: Tensor,  # (P, G)
     size: Tensor,  # broadcastable to them: the largest absolute reward, of each group or of all
-) -> tuple[Tensor, Tensor]:  # rewards in [-4, 4], and what a number added to their spread is multiplied by
-    "Rewards in units of a power of two near their size. This rounds nothing, and no square leaves the range of floats."
+) -> tuple[Tensor, Tensor]:  # rewards in [-4, 4]; the factor of what is added to their spread
+    "Rewards in units of a power of two near their size: nothing is rounded, squares stay in range."
     exponent = torch.frexp(size).exponent.clamp(-126, 126)
-    return torch.ldexp(rewards, -exponent), torch.ldexp(torch.ones_like(size), -exponent.clamp_min(0))
+    unit = torch.ldexp(torch.ones_like(size), -exponent.clamp_min(0))
+    return torch.ldexp(rewards, -exponent), unit
 
 
 def group_advantages(
     rewards: Tensor,  # (P, G)
-    eps: float = 1e-6,  # added to the standard deviation, > 0; relative to rewards that are smaller than 1/2
+    eps: float = 1e-6,  # added to the standard deviation, > 0; relative to small rewards
 ) -> Tensor:  # (P, G), zero mean in each group
     "Standardise within each group, with the population standard deviation."
     rewards = check_rewards(rewards)
     rewards, unit = in_units(rewards, rewards.abs().amax(1, keepdim=True))
-    rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero, and stays so
+    rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero
     spread = rewards.std(1, correction=0, keepdim=True) + eps * unit
-    return (rewards - rewards.mean(1, keepdim=True)) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    spread = spread.clamp_min(torch.finfo(spread.dtype).tiny)
+    return (rewards - rewards.mean(1, keepdim=True)) / spread
 
 # %% ../nbs/grpo.ipynb #921c6e02
 def combine_rewards(
@@ -57,15 +61,19 @@ def combine_rewards(
 ) -> Tensor:  # (P, G)
     "Several rewards as one: the weighted sum of rewards or of group-standardised advantages."
     shapes = [tuple(r.shape) for r in rewards]
-    require(len(set(shapes)) == 1, "rewards", f"shapes {shapes}", "at least one, all of one shape (P, G)")
+    same = len(set(shapes)) == 1
+    require(same, "rewards", f"shapes {shapes}", "at least one, all of one shape (P, G)")
     weights = [1 / len(rewards)] * len(rewards) if weights is None else weights
-    require(len(weights) == len(rewards), "weights", f"{len(weights)} weights", f"one for each of {len(rewards)} rewards")
-    return sum(w * (group_advantages(r) if standardise else check_rewards(r)) for w, r in zip(weights, rewards, strict=True))
+    count = len(rewards)
+    allowed = f"one for each of {count} rewards"
+    require(len(weights) == count, "weights", f"{len(weights)} weights", allowed)
+    prepare = group_advantages if standardise else check_rewards
+    return sum(w * prepare(r) for w, r in zip(weights, rewards, strict=True))
 
 
 def standardized(
     rewards: Tensor,  # (P, G), or (P, G, R) for several rewards
-    weights: Sequence[float] | None = None,  # one for each of several rewards; None: equal, summing to 1
+    weights: Sequence[float] | None = None,  # of several rewards; None: equal, summing to 1
     standardize: Callable[[Tensor], Tensor] = group_advantages,  # (P, G) -> (P, G)
 ) -> Tensor:  # (P, G)
     "Standardized rewards; of several rewards, the weighted sum of each one standardized."
@@ -123,8 +131,9 @@ class SurrogateStats:
         self.clipped.append(((ratio - 1).abs() > clip_range).float().mean())
         if entropy is not None: self.entropy.append(entropy.mean())
 
-    def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float,
-                  weight: Tensor | float = 1.0, entropy: Tensor | None = None) -> Tensor:
+    def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor,
+                  clip_range: float, weight: Tensor | float = 1.0,
+                  entropy: Tensor | None = None) -> Tensor:
         "`surrogate`, watched."
         self.add(log_prob, old_log_prob, clip_range, entropy)
         return surrogate(log_prob, old_log_prob, advantages, clip_range, weight)
@@ -133,11 +142,13 @@ class SurrogateStats:
         "`ratio_min`, `ratio_max`, `clip_fraction` and `entropy` (None where the policy has none)."
         def of(values, reduce): return reduce(torch.stack(values)).item() if values else None
         return {"ratio_min": of(self.low, torch.min), "ratio_max": of(self.high, torch.max),
-                "clip_fraction": of(self.clipped, torch.mean), "entropy": of(self.entropy, torch.mean)}
+                "clip_fraction": of(self.clipped, torch.mean),
+                "entropy": of(self.entropy, torch.mean)}
 
 
 def merged(
     everyone: Sequence[SurrogateStats],  # of all processes
 ) -> SurrogateStats:
     "The statistics of several processes as one."
-    return SurrogateStats(*(sum((getattr(s, f.name) for s in everyone), []) for f in fields(SurrogateStats)))
+    joined = lambda name: sum((getattr(stats, name) for stats in everyone), [])
+    return SurrogateStats(*(joined(field.name) for field in fields(SurrogateStats)))

@@ -21,9 +21,11 @@ def neighbor_noise(
 ) -> Tensor:  # (P, G, *shape), each neighbour standard normal
     "`eps_i = sqrt(1 - sigma^2) eps_star + sigma delta_i` (arXiv 2511.16955, eq. 7)."
     require(0 < sigma <= 1, "sigma", sigma, "in (0, 1]")
-    require(isinstance(group_size, int) and group_size >= 1, "group_size", group_size, "an integer >= 1")
+    good = isinstance(group_size, int) and group_size >= 1
+    require(good, "group_size", group_size, "an integer >= 1")
     groups, streams = len(base), len(generator) if isinstance(generator, (list, tuple)) else None
-    require(streams in (None, groups), "generator", f"{streams} generators", f"one, or a list of {groups}")
+    allowed = f"one, or a list of {groups}"
+    require(streams in (None, groups), "generator", f"{streams} generators", allowed)
     shape = (groups * group_size, *base.shape[1:])
     delta = randn(shape, generator, base.device, base.dtype).unflatten(0, (groups, group_size))
     return math.sqrt(1 - sigma**2) * base[:, None] + sigma * delta

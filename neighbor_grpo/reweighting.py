@@ -21,8 +21,10 @@ def quasi_norm(
 ) -> Tensor:  # (P, G); a group of zeros stays zero
     "`A_i / (sum_k |A_k|^p)^(1/p)` (arXiv 2511.16955, eq. 11); the factor sqrt(G) is ours."
     require(0 < p <= 2, "p", p, "in (0, 2]")
-    require(advantages.ndim == 2, "advantages", f"shape {tuple(advantages.shape)}", "of shape (P, G)")
+    shape = tuple(advantages.shape)
+    require(len(shape) == 2, "advantages", f"shape {shape}", "of shape (P, G)")
     largest = advantages.abs().amax(1, keepdim=True).clamp_min(torch.finfo(advantages.dtype).tiny)
     unit = advantages / largest  # at most 1, which keeps the powers in range
-    norm = unit.abs().pow(p).sum(1, keepdim=True).pow(1 / p).clamp_min(1)  # below 1 for a group of zeros only
+    norm = unit.abs().pow(p).sum(1, keepdim=True).pow(1 / p)
+    norm = norm.clamp_min(1)  # below 1 for a group of zeros only
     return unit / norm * (math.sqrt(advantages.shape[1]) if rescale else 1.0)

@@ -16,7 +16,8 @@ from .flow import Generators, Velocity, denoised, expand_time, implied_noise, ra
 from .solvers import Trajectory, check_grid, euler_step
 
 # %% ../nbs/sde.ipynb #677bf8be
-Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, v, t, t_next) -> (mean, std)
+# (x, v, t, t_next) -> (mean, std)
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # %% ../nbs/sde.ipynb #a353e9f4
 def flow_sde(
@@ -60,7 +61,7 @@ def cps(
     t_next: float | Tensor,  # in [0, t), a number or (N,)
     noise_level: float = 0.7,  # a in [0, 1]; 0 is the Euler step, 1 renews all noise
 ) -> tuple[Tensor, Tensor]:  # mean (N, *shape); standard deviation, broadcastable to it
-    "One coefficients-preserving step (arXiv 2509.05952): old and new noise always add up to `t_next`."
+    "One coefficients-preserving step (arXiv 2509.05952): old and new noise add up to `t_next`."
     require(0 <= noise_level <= 1, "noise_level", noise_level, "in [0, 1]")
     x0, noise, t_next = denoised(x, v, t), implied_noise(x, v, t), expand_time(t_next, x)
     angle = noise_level * math.pi / 2
@@ -85,12 +86,12 @@ def solve_sde(
     step: Step,  # flow_sde, dance_sde, cps or a partial of one
     cond: object = None,  # passed on untouched
     generator: Generators = None,  # one, or one for each group of rows
-    noisy: Sequence[bool] | None = None,  # (T,) which steps draw noise; the others are Euler steps. None: all
+    noisy: Sequence[bool] | None = None,  # (T,) which steps draw noise, not Euler steps; None: all
 ) -> Trajectory:
     "Sample down the grid with Gaussian steps."
     ts = check_grid(ts).to(x)
     noisy = [True] * (len(ts) - 1) if noisy is None else list(noisy)
-    require(len(noisy) == len(ts) - 1, "noisy", f"{len(noisy)} entries", f"of length {len(ts) - 1}, one a step")
+    require(len(noisy) == len(ts) - 1, "noisy", f"{len(noisy)} entries", f"of length {len(ts) - 1}")
     xs, vs = [x], []
     for k, (t, t_next) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
         vs.append(velocity(xs[k], t.expand(len(x)), cond))

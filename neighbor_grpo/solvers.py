@@ -43,7 +43,8 @@ def check_grid(
 ) -> Tensor:  # the same
     "Refuse a grid that is not a descending sequence of at least two times in [0, 1]."
     ts = torch.as_tensor(ts)
-    good = ts.ndim == 1 and len(ts) >= 2 and bool((ts[1:] < ts[:-1]).all()) and ts[0] <= 1 and ts[-1] >= 0
+    falls = ts.ndim == 1 and len(ts) >= 2 and bool((ts[1:] < ts[:-1]).all())
+    good = falls and ts[0] <= 1 and ts[-1] >= 0
     require(good, "ts", ts.tolist(), "at least two strictly descending times in [0, 1]")
     return ts
 
@@ -57,7 +58,7 @@ def dpm2m_step(
     t_next: float,  # in [0, t)
 ) -> Tensor:  # (N, *shape) state at t_next
     "One step of DPM-Solver++(2M), midpoint, in data prediction (arXiv 2211.01095, algorithm 2)."
-    if t_prev == 1 or t_next == 0: return euler_step(x, v, t, t_next)  # one of the log-SNR steps is infinite
+    if t_prev == 1 or t_next == 0: return euler_step(x, v, t, t_next)  # a log-SNR is infinite
     log_snr = lambda t: math.log((1 - t) / t)
     ratio = (log_snr(t_next) - log_snr(t)) / (log_snr(t) - log_snr(t_prev))
     x0 = denoised(x, v, t)
@@ -72,7 +73,7 @@ def ab2_step(
     t: float,  # in (0, 1)
     t_next: float,  # in [0, t)
 ) -> Tensor:  # (N, *shape) state at t_next
-    "Two-step Adams-Bashforth with variable steps: extrapolate the velocity to the middle of the step."
+    "Two-step Adams-Bashforth, variable steps: extrapolate the velocity to the middle of the step."
     slope = (v - v_prev) / (t - t_prev)
     return euler_step(x, v + (t_next - t) / 2 * slope, t, t_next)
 
@@ -106,7 +107,8 @@ def solve(
         if method == "heun" and t_next > 0:  # the last step to 0 is Euler, as in diffusers
             x = euler_step(x, (v + evaluate(euler_step(x, v, t, t_next), k + 1)) / 2, t, t_next)
         elif method == "dpm++2m" and k > 0:
-            x = dpm2m_step(x, v, denoised(xs[k - 1], vs[k - 1], times[k - 1]), times[k - 1], t, t_next)
+            t_prev = times[k - 1]
+            x = dpm2m_step(x, v, denoised(xs[k - 1], vs[k - 1], t_prev), t_prev, t, t_next)
         elif method == "ab2" and k > 0: x = ab2_step(x, v, vs[k - 1], times[k - 1], t, t_next)
         else: x = euler_step(x, v, t, t_next)
         xs.append(x)
@@ -115,12 +117,14 @@ def solve(
 # %% ../nbs/solvers.ipynb #fd13c179
 def step_response(
     ts: Tensor,  # (T+1,) descending, in [0, 1]
-    method: str = "dpm++2m",  # one of METHODS but Heun, whose second evaluation depends on the network
+    method: str = "dpm++2m",  # one of METHODS but Heun, which asks the network twice
 ) -> Tensor:  # (T,) negative
-    "`d x_{k+1} / d v_k`, how far each step's end moves when the velocity at its start moves by one."
-    require(method in METHODS and method != "heun", "method", method, "euler, dpm++2m or ab2: one evaluation a step")
+    "`d x_{k+1} / d v_k`: how far a step's end moves when the velocity at its start moves by one."
+    known = method in METHODS and method != "heun"
+    require(known, "method", method, "euler, dpm++2m or ab2: one evaluation a step")
     grid = torch.tensor(check_grid(ts).tolist(), dtype=torch.float64)  # on the CPU: MPS has none
     dt, clock = ts[1:] - ts[:-1], grid if method == "ab2" else ((1 - grid) / grid).log()
     ratio = torch.zeros_like(clock[1:])
     if method != "euler": ratio[1:] = clock[1:].diff() / clock[:-1].diff()
-    return dt * (1 + ratio.where(ratio.isfinite(), 0) / 2).to(dt)  # steps at an infinite log-SNR are Euler steps
+    ratio = ratio.where(ratio.isfinite(), 0)  # steps at an infinite log-SNR are Euler steps
+    return dt * (1 + ratio / 2).to(dt)
