@@ -36,8 +36,8 @@ from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import torch
 import torch.distributed as dist
 import yaml
@@ -46,8 +46,6 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from . import __version__
 from .neighbor import NeighborGRPO
 from .rivals.gaussian import DanceGRPO
-from .lab.benchmark import CLOCKS, PAPER_SETTINGS, as_markdown, measure
-from .lab.compare import AXES, Study, Variant, claim, run_study
 from .flow import Velocity, require
 from .rivals.mixed import MixGRPO
 from .rivals.catalogue import ALGORITHMS, BROUGHT_ALONG, MODIFIERS, modified, own_fields
@@ -56,6 +54,8 @@ from .runs.folder import (Checkpoints, new_folder, open_run, read_config, read_r
 from .runs.trainer import Trainer, load_trained, plot_run, run_config
 from .rollouts import Algorithm
 from .training import Task, TrainSettings
+
+if TYPE_CHECKING: from neighbor_grpo.lab.compare import Study, Variant  # the lab is imported where it is used
 
 # %% ../nbs/launch.ipynb #44594cb2
 TASKS = {"digits": ("tasks.digits", "DigitsTask", "DigitsSettings", "handwritten digits, the default; about a minute on a CPU"),
@@ -592,6 +592,7 @@ def bench(
 ) -> None:
     "Seconds per iteration at the papers' settings: of a small network on one thread, or of a large --model."
     if any(word.split("=")[0] == "--model" for word in argv): return bench_model(argv)
+    from neighbor_grpo.lab.benchmark import CLOCKS, PAPER_SETTINGS, as_markdown, measure
     parser = Parser(prog="neighbor-grpo bench", description=bench.__doc__)
     parser.add_argument("--model", metavar="NAME", help="A large model instead; see bench --model tiny --help.")
     parser.add_argument("--network", choices=["digits", "toy"], default="digits", help="digits: the U-Net, toy: the MLP.")
@@ -610,8 +611,9 @@ def read_variant(
     task: str,  # a key of TASKS
     line: str,  # [NAME:] ALGORITHM [--setting value ...]
     common: str = "",  # settings of all variants, which its own override
-) -> tuple[Variant, object]:  # with the settings of the task
+) -> "tuple[Variant, object]":  # with the settings of the task
     "One variant of a comparison, as a command line of `train` with a name."
+    from neighbor_grpo.lab.compare import Variant
     name, colon, rest = line.rpartition(":")
     try: words, shared = shlex.split(rest), shlex.split(common)
     except ValueError as e: raise ValueError(f"--variants and --common must be as a shell reads them, got {line!r}, {common!r}: {e}") from e
@@ -632,6 +634,7 @@ def study_parser(
     source: str = "defaults",  # where they stand, for the message
 ) -> Parser:
     "What is compared, how often, how far."
+    from neighbor_grpo.lab.compare import run_study
     parser = Parser(prog="neighbor-grpo compare", description=run_study.__doc__, epilog="\n\n".join(overviews()),
                     usage="neighbor-grpo compare [TASK] --variants LINE ... --seeds N ... [--setting value ...] --out DIR")
     parser.add_argument("--task", choices=list(TASKS), default="digits", help="One of those below; may also come first, without its name.")
@@ -666,8 +669,9 @@ def read_file(
 
 def read_study(
     argv: Sequence[str],  # [TASK] [--setting value ...]
-) -> tuple[Study, Namespace]:  # and all values
+) -> "tuple[Study, Namespace]":  # and all values
     "What a command line of `compare` asks for; what it leaves out, the file or the folder of the comparison has."
+    from neighbor_grpo.lab.compare import AXES, Study
     argv = [*argv[1:], "--task", argv[0]] if argv and not argv[0].startswith("-") else list(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--study", "--out"): early.add_argument(name, nargs="?")
@@ -691,6 +695,7 @@ def compare(
     argv: Sequence[str],  # [TASK] --variants LINE ... --seeds N ... --out DIR [--setting value ...]
 ) -> None:
     "Train variants side by side, several seeds of each, and leave a folder with their runs, tables and curves."
+    from neighbor_grpo.lab.compare import AXES, claim, run_study
     study, v = read_study(argv)
     out = Path(v.out)
     claim(study, out)
@@ -778,7 +783,7 @@ def overview() -> str:
     options = {"-h, --help": "show this; after a command its settings; --help all: every one", "--version": "of this, torch and Python",
                "--debug": "with any command: an error comes with its traceback, as with NEIGHBOR_GRPO_DEBUG=1"}
     commands = {name: command.__doc__ for name, command in COMMANDS.items()}
-    tasks, recipes, _ = overviews()
+    tasks, recipes, *_ = overviews()
     usage = "usage: neighbor-grpo COMMAND [TASK] [--setting value ...]\n\nTo begin with: neighbor-grpo train toy"
     return "\n\n".join([usage, listed("commands", commands), tasks, recipes, listed("options", options)])
 
@@ -787,7 +792,9 @@ def draw_into_files() -> None:
     "Leave the drawing backend of a notebook aside where this environment lacks it."
     backend = os.environ.get("MPLBACKEND", "")
     if backend.startswith("module://") and find_spec(backend[9:].split(".")[0]) is None:
-        os.environ["MPLBACKEND"] = matplotlib.rcParams["backend"] = "agg"
+        os.environ["MPLBACKEND"] = "agg"
+        import matplotlib
+        matplotlib.rcParams["backend"] = "agg"
 
 
 def main(

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -35,6 +35,8 @@ from .folder import (Checkpoints, append_row, first_alone, gather, held, kept, l
                                        open_run, save_tensors, settled_rows, sync_folder, to_line, without_clock, world,
                                        write_atomically)
 from ..training import Run, Task, TrainSettings, train
+
+if TYPE_CHECKING: import matplotlib.pyplot as plt  # takes half a second: imported where it draws
 
 # %% ../../nbs/runs/trainer.ipynb #e76b2381
 def average_gradients(module: nn.Module) -> None:
@@ -284,11 +286,12 @@ class Trainer(Run):
 
 # %% ../../nbs/runs/trainer.ipynb #b0ac7d23
 def save_picture(
-    figure: plt.Figure,  # is closed
+    figure: "plt.Figure",  # is closed
     path: str | Path,  # of the picture
     **options: object,  # of matplotlib's `savefig`
 ) -> None:
     "Write a figure as a whole or not at all; a link under this name is replaced, not followed."
+    import matplotlib.pyplot as plt
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100, **options)
     write_atomically(Path(path), picture.getvalue())
@@ -301,6 +304,7 @@ def plot_run(
     path: str | Path | None = None,  # of the picture; None: leave the figure open
 ) -> None:
     "Reward over the iterations: the training groups with their spread, and the held-out evaluations."
+    import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4))
     at, mean, spread = (torch.tensor([row[key] for row in rows]) for key in ("iteration", "reward_mean", "reward_std"))
     axis.plot(at, mean, lw=1, label="training groups")
@@ -315,11 +319,12 @@ def plot_run(
 # %% ../../nbs/runs/trainer.ipynb #1d7f9636
 def draw_panels(
     policies: dict[str, Velocity],  # by title
-    paint: Callable[[plt.Axes, Velocity], None],  # fills one panel
+    paint: "Callable[[plt.Axes, Velocity], None]",  # fills one panel
     path: str | Path,  # of the picture
     size: tuple[float, float] = (4, 4),  # of a panel, in inches
 ) -> None:
     "Save one panel for each policy, side by side."
+    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(policies), figsize=(size[0] * len(policies), size[1]), squeeze=False)
     for axis, (title, velocity) in zip(axes[0], policies.items()):
         paint(axis, velocity)

@@ -1,0 +1,125 @@
+"""The flat layout of earlier versions: old names of modules still work, and say where their content is now.
+
+Written by hand; nothing in the library uses it. A script that imports by new names never notices it.
+"""
+
+import importlib
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
+from types import ModuleType
+
+PACKAGE = "neighbor_grpo"
+
+# Modules that moved as a whole: the old name is another one of the same module, also for what is patched in it.
+WHOLE = {
+    "benchmark": "lab.benchmark", "compare": "lab.compare", "cost": "lab.cost", "orphans": "lab.orphans",
+    "flux": "models.flux", "miniature": "models.miniature", "sd3": "models.sd3",
+    "remote": "rewards.remote",
+    "forward": "rivals.forward", "mixed": "rivals.mixed", "options": "rivals.modifiers",
+    "distributed": "runs.processes", "folder": "runs.folder",
+    "digits": "tasks.digits", "images": "tasks.images", "prompts": "tasks.prompts", "scenes": "tasks.scenes",
+    "toy2d": "tasks.toy2d",
+}
+
+# Modules whose content went to several places, which are asked in this order.
+PARTS = {
+    "algorithms": ("neighbor", "rollouts", "rivals.gaussian"),
+    "rewards": ("rewards.remote", "rewards.judges"),
+    "rivals": ("rivals.catalogue", "rivals.trajectories", "neighbor", "rollouts", "rivals.gaussian", "rivals.mixed",
+               "rivals.forward"),
+    "training": ("runs.trainer", "runs.folder"),
+}
+STARRED = {"training": ["Trainer"]}  # what `import *` has to find beside what is still there
+GONE = ("algorithms",)  # nothing of this name is left
+
+
+def warn(old: str, new: str) -> None:
+    "Name the new place, at the line that asked for the old one."
+    text = f"{PACKAGE}.{old} is now {PACKAGE}.{new}; the old name will go"
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+
+
+class Asked:
+    "What a module does when it is asked for a name that it does not have: the `__getattr__` of the module."
+
+    def __init__(self, module: str):
+        self.module = module
+
+    def __call__(self, name: str) -> object:
+        full = f"{PACKAGE}.{self.module}"
+        for home in () if self.is_own(full, name) else PARTS[self.module]:
+            module = importlib.import_module(f"{PACKAGE}.{home}")
+            if name in module.__all__:
+                warn(f"{self.module}.{name}", f"{home}.{name}")
+                return getattr(module, name)
+        raise AttributeError(f"module {full!r} has no attribute {name!r}")
+
+    def is_own(self, full: str, name: str) -> bool:
+        "Is it a special name, or that of a module in this package, which is only about to be imported?"
+        if name.startswith("__"):
+            return True
+        return hasattr(sys.modules[full], "__path__") and find_spec(f"{full}.{name}") is not None
+
+
+class Alias(Loader):
+    "Hands out a module that moved as a whole."
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        old = spec.name.removeprefix(f"{PACKAGE}.")
+        warn(old, WHOLE[old])
+        module = importlib.import_module(f"{PACKAGE}.{WHOLE[old]}")
+        self.spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec  # that of the new name, which importing it by the old one has replaced
+
+
+class Remains(Loader):
+    "Makes a module that is gone: it has nothing of its own."
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.removeprefix(f"{PACKAGE}.")
+        homes = [importlib.import_module(f"{PACKAGE}.{home}") for home in PARTS[old]]
+        module.__all__ = [name for home in homes for name in home.__all__]
+        module.__getattr__ = Asked(old)
+
+
+class Extended(SourceFileLoader):
+    "Loads a module that is still there, and lets it be asked for what has left it."
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        old = module.__name__.removeprefix(f"{PACKAGE}.")
+        module.__getattr__ = Asked(old)
+        if old in STARRED:
+            module.__all__ = [*module.__all__, *STARRED[old]]
+
+
+class Moved(MetaPathFinder):
+    "Finds modules of this package by the names that they had."
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        if package != PACKAGE or old not in WHOLE and old not in PARTS:
+            return None
+        if old in WHOLE:
+            return ModuleSpec(name, Alias())
+        if old in GONE:
+            return ModuleSpec(name, Remains())
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = Extended(name, spec.loader.path)
+        return spec
+
+
+def install() -> None:
+    "Be asked before the folders are: one of them, of data, has the name of a module that moved."
+    if not any(isinstance(finder, Moved) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Moved())
