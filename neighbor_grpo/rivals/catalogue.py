@@ -53,9 +53,9 @@ def own_fields(modifier: type) -> list[Field]:
 
 
 def modifiers_of(algorithm: Algorithm) -> dict[str, dict]:
-    "The settings of the modifiers around an algorithm, by their names, from the inside to the outside."
+    "The settings of the modifiers around an algorithm, from the inside to the outside; names of classes for your own."
     if not isinstance(algorithm, Modifier): return {}
-    name = next(name for name, kind in MODIFIERS.items() if kind is type(algorithm))
+    name = next((name for name, kind in MODIFIERS.items() if kind is type(algorithm)), type(algorithm).__name__)
     return modifiers_of(algorithm.algorithm) | {name: {f.name: getattr(algorithm, f.name) for f in own_fields(type(algorithm))}}
 
 

@@ -49,6 +49,8 @@ class Modifier(StepAlgorithm):
         own = base(self)
         fits = self.fits is Algorithm or isinstance(own, self.fits) and own.has_ratio
         require(fits, type(self).__name__, f"around {type(own).__name__}", "around an algorithm with ratios of its solver's steps")
+        stacked = self.fits is Algorithm or self.algorithm.together == 1
+        require(stacked, type(self).__name__, "around ChunkedRatios", "around ratios of single steps: chunks go outside")
         check_types(self)
 
     group_size, shift, grid, has_ratio = (inside(name) for name in ("group_size", "shift", "grid", "has_ratio"))

@@ -1,57 +1,83 @@
-"""Options against plain loops in float64; switched off, they leave every algorithm as it is, bit for bit."""
+"""Modifiers against plain loops in float64; at neutral settings, and nested, they leave what they do not change."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from helpers import Counted, PointwiseVelocity, SmallNet, TinyTask, reverse_sde, weights
 from hypothesis import given
 from hypothesis import strategies as st
-from test_algorithms import SHAPE, SMALL, collect, every_algorithm, loss_gradient, streams, total_loss, trained
+from test_algorithms import (
+    SHAPE,
+    SMALL,
+    Watching,
+    collect,
+    every_algorithm,
+    loss_gradient,
+    streams,
+    total_loss,
+    trained,
+)
 from torch.distributions import Normal
 
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.grpo import SurrogateStats, clipped_surrogate, combine_rewards, group_advantages
+from neighbor_grpo.grpo import SurrogateStats
 from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.catalogue import MODIFIERS, make, modified, modifiers_of
 from neighbor_grpo.rivals.forward import ForwardProcess
 from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
-from neighbor_grpo.rivals.modifiers import chunk_means, equal_pull, extremes, guarded, shape_advantages
-from neighbor_grpo.rollouts import Algorithm
+from neighbor_grpo.rivals.modifiers import (
+    ChunkedRatios,
+    GuardedRatios,
+    Modifier,
+    Previews,
+    ShapedAdvantages,
+    TimeWeights,
+    base,
+    chunk_means,
+    equal_pull,
+    extremes,
+    guarded,
+    shape_advantages,
+)
+from neighbor_grpo.rivals.trajectories import Replay
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import TrainSettings
 
 SETTINGS = TrainSettings(iterations=2, groups=3, updates=2, lr=1e-2)
-OFF = {"time_weight": "none", "chunk": 1}  # TempFlow-GRPO has weights on, OP-GRPO one chunk
 
 
-# --- switched off ---
+def with_options(algorithm, guard=False, chunk=1, time_weight="none"):
+    "An algorithm with modifiers around it, only those that are on."
+    if time_weight != "none":
+        algorithm = TimeWeights(algorithm, time_weight)
+    algorithm = GuardedRatios(algorithm) if guard else algorithm
+    return algorithm if chunk == 1 else ChunkedRatios(algorithm, chunk)
 
 
-def without_options(algorithm):
-    "The same algorithm with the option-free lines that its base class would otherwise have."
+# --- neutral settings, and what is passed on ---
 
-    def gain(self, rollout, states, v, advantages, on_policy, stats):
-        log_prob = self.log_prob(rollout, states, v)
-        old = self.old_log_prob(rollout, states, log_prob if on_policy else None)
-        if stats is not None:
-            stats.add(log_prob, old, self.clip_range, self.entropy(log_prob))
-        return clipped_surrogate(log_prob, old, self.weigh(advantages, states), self.clip_range).sum()
 
-    def credit(self, rewards, weights=None):
-        if rewards.ndim == 3:
-            return combine_rewards(rewards.unbind(2), weights)
-        return group_advantages(rewards)
+class Plain(Modifier):
+    "A modifier that changes nothing."
 
-    kind = type(algorithm)
-    methods = {"credit": credit, "gain": gain} if kind.gain is Algorithm.gain else {"credit": credit}
-    return type(f"Plain{kind.__name__}", (kind,), methods)(**{**vars(algorithm), **OFF})
+    fits = ShapedAdvantages.fits
+
+
+def neutral(algorithm):
+    "Modifiers that change nothing."
+    around = ShapedAdvantages(Plain(algorithm), 0.0, "group")
+    if base(algorithm) is not algorithm:  # OP-GRPO, which has chunks and replay already
+        return around
+    stepwise = isinstance(algorithm, (NeighborGRPO, SDEGRPO)) and algorithm.has_ratio
+    return Replay(ChunkedRatios(around, 1) if stepwise else around, replay=0)
 
 
 @every_algorithm
-def test_options_that_are_off_change_no_bit_of_a_run(algorithm):
+def test_modifiers_at_neutral_settings_change_no_bit_of_a_run(algorithm):
     outcomes = []
-    for version in (without_options(algorithm), replace(algorithm, **OFF)):
+    for version in (algorithm, neutral(algorithm)):
         trainer = Trainer(TinyTask(dropout=0.0), version, SETTINGS).run(progress=False)
         rows = [{k: v for k, v in row.items() if k != "seconds"} for row in trainer.rows]
         outcomes.append((weights(trainer.policy), rows))
@@ -59,7 +85,37 @@ def test_options_that_are_off_change_no_bit_of_a_run(algorithm):
     assert not torch.equal(outcomes[0][0], weights(TinyTask(dropout=0.0).policy))
 
 
-# --- the loss with options, as nested loops ---
+@every_algorithm
+def test_a_modifier_passes_on_what_it_does_not_change(algorithm):
+    around, ts = Plain(algorithm), time_grid(4)
+    for name in ("group_size", "shift", "grid", "has_ratio", "together", "nfe_old", "nfe_theta", "steps", "trained_steps"):
+        assert getattr(around, name) == getattr(algorithm, name)
+    (rollout, advantages), (inner, same) = (collect(a, PointwiseVelocity()) for a in (around, algorithm))
+    assert torch.equal(rollout.x, inner.x) and torch.equal(advantages, same)
+    assert trained(around, rollout) == trained(algorithm, rollout)
+    if hasattr(algorithm, "response"):
+        assert all(map(torch.equal, around.response(ts), algorithm.response(ts)))
+        assert around.untrained == algorithm.untrained
+    late = replace(SMALL["neighbor"], shift=None)
+    assert ChunkedRatios(Plain(late)).fitted(3.0) == ChunkedRatios(Plain(replace(late, shift=3.0)))
+
+
+def test_modifiers_are_known_by_name_and_always_in_one_order():
+    settings = {"chunk": 4, "scouts": 30, "advantage_power": 0.2}
+    built = modified(NeighborGRPO(), *reversed(MODIFIERS), **settings)
+    assert list(modifiers_of(built)) == list(MODIFIERS) == ["weights", "guard", "chunks", "slas", "previews", "replay"]
+    found = {name: value for own in modifiers_of(built).values() for name, value in own.items()}
+    assert {name: found[name] for name in settings} == settings and base(built) == NeighborGRPO()
+    assert modified(NeighborGRPO()) == NeighborGRPO() and modifiers_of(NeighborGRPO()) == {}
+    assert modifiers_of(make("op", replay=2)) == {
+        "chunks": {"chunk": 0},
+        "replay": {"replay": 2, "memory_size": 8, "memory_age": 10},
+    }
+    names = [f.name for kind in MODIFIERS.values() for f in fields(kind) if f.name != "algorithm"]
+    assert len(set(names)) == len(names), "a setting has one owner"
+
+
+# --- the loss with modifiers, as nested loops ---
 
 BASES = {
     "neighbor": NeighborGRPO(group_size=4, steps=5, anchors=2, trained_steps=4, shift=3.0, temperature=0.3),
@@ -93,7 +149,7 @@ def one_state(algorithm, velocity, rollout, k, g, i):
     return ratio[None], ((mean - mean_old) / std).square().mean() / 2, std
 
 
-def pulls(algorithm, rollout):
+def pulls(algorithm, rollout, time_weight):
     "What `time_weight` multiplies the loss of each step by, from derivatives."
     last = algorithm.steps if isinstance(algorithm, NeighborGRPO) else algorithm.steps - 1
     reach, noise = [], []
@@ -107,24 +163,24 @@ def pulls(algorithm, rollout):
         slope = torch.autograd.grad(mean, v)[0].abs()
         reach.append((slope / std).item())
         noise.append(float(std))
-    table = {"none": [1.0] * last, "equal": [1 / r for r in reach], "noise": noise}[algorithm.time_weight]
+    table = {"none": [1.0] * last, "equal": [1 / r for r in reach], "noise": noise}[time_weight]
     return [w * last / sum(table) for w in table]
 
 
-def flat_loss(algorithm, velocity, rollout, advantages):
+def flat_loss(algorithm, velocity, rollout, advantages, guard=False, chunk=1, time_weight="none"):
     "The whole objective, chunk by chunk."
-    by_candidate, weight, terms = {}, pulls(algorithm, rollout), []
+    by_candidate, weight, terms = {}, pulls(algorithm, rollout, time_weight), []
     states = trained(algorithm, rollout)
     for k, g, i in sorted(states):
         by_candidate.setdefault((g, i), []).append(k)
     for (g, i), steps in by_candidate.items():
-        size = algorithm.chunk or len(steps)
+        size = chunk or len(steps)
         for first in range(0, len(steps), size):
             ratios, sizes = [], []
             for k in steps[first : first + size]:
                 ratio, drift, std = one_state(algorithm, velocity, rollout, k, g, i)
                 w = weight[k]
-                if algorithm.guard:
+                if guard:
                     ratio, w = (ratio + drift) * std, w / (rollout.ts[k] - rollout.ts[k + 1])
                 ratios.append(w * ratio)
                 sizes.append(w)
@@ -140,37 +196,41 @@ options = st.fixed_dictionaries(
         "guard": st.booleans(),
         "chunk": st.sampled_from([0, 1, 2, 4]),
         "time_weight": st.sampled_from(["none", "equal", "noise"]),
-        "micro_batch": st.sampled_from([0, 4, 12]),
+    }
+)
+settings = st.fixed_dictionaries(
+    {
         "clip_range": st.sampled_from([1e-4, 0.02, 0.3]),
         "train_where": st.sampled_from(["random", "first", "last"]),
     }
 )
 
 
-@given(st.sampled_from(sorted(BASES)), options, st.floats(0, 0.2))
-def test_losses_with_options_are_the_flat_loss(name, chosen, moved):
+@given(st.sampled_from(sorted(BASES)), options, settings, st.sampled_from([0, 4, 12]), st.floats(0, 0.2))
+def test_losses_with_modifiers_are_the_flat_loss(name, chosen, changed, micro_batch, moved):
     if name == "neighbor" and chosen["time_weight"] == "noise":
         chosen = {**chosen, "time_weight": "equal"}
-    algorithm = replace(BASES[name], **chosen)
+    plain = replace(BASES[name], **changed)
+    algorithm = with_options(plain, **chosen)
     torch.manual_seed(0)
     network = SmallNet()
     rollout, advantages = collect(algorithm, network, groups=1)
     with torch.no_grad():
         for p in network.parameters():
             p += moved * torch.randn_like(p)
-        expected = flat_loss(algorithm, network, rollout, advantages)
-    loss = total_loss(algorithm, network, rollout, advantages)
+        expected = flat_loss(plain, network, rollout, advantages, **chosen)
+    loss = total_loss(algorithm, network, rollout, advantages, micro_batch=micro_batch)
     torch.testing.assert_close(loss.detach(), expected, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("option", [{"guard": True}, {"time_weight": "equal"}, {"chunk": 0, "guard": True}])
-def test_micro_batches_change_nothing_with_options(name, option):
+def test_micro_batches_change_nothing_with_modifiers(name, option):
     network = SmallNet()
-    algorithm = replace(BASES[name], **option)
+    algorithm = with_options(BASES[name], **option)
     rollout, advantages = collect(algorithm, network)
     whole = loss_gradient(algorithm, network, rollout, advantages)
-    parts = loss_gradient(replace(algorithm, micro_batch=8), network, rollout, advantages)
+    parts = loss_gradient(algorithm, network, rollout, advantages, micro_batch=8)
     assert (whole - parts).abs().max() < 1e-12 < whole.abs().max()
 
 
@@ -178,13 +238,32 @@ def test_micro_batches_change_nothing_with_options(name, option):
 @pytest.mark.parametrize("time_weight", ["none", "equal"])
 @pytest.mark.parametrize("guard", [False, True])
 def test_chunks_keep_the_gradient_on_policy(name, time_weight, guard):
-    network = SmallNet()
-    algorithm = replace(BASES[name], time_weight=time_weight, guard=guard)
-    rollout, advantages = collect(algorithm, network)
+    network, plain = SmallNet(), with_options(BASES[name], guard, 1, time_weight)
+    rollout, advantages = collect(plain, network)
     single, whole = (
-        loss_gradient(replace(algorithm, chunk=n), network, rollout, advantages, on_policy=True) for n in (1, 0)
+        loss_gradient(a, network, rollout, advantages, on_policy=True) for a in (plain, ChunkedRatios(plain, 0))
     )
     assert (single - whole).abs().max() < 1e-12 * single.abs().max().clamp_min(1)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_below_chunks_the_order_of_modifiers_does_not_matter(name):
+    network, gradients = SmallNet(), []
+    rollout, _ = collect(BASES[name], network)
+    rewards = randn((3, 4), seeded(5), dtype=torch.float64)
+    network = SmallNet()
+    for algorithm in (
+        ChunkedRatios(GuardedRatios(TimeWeights(ShapedAdvantages(BASES[name])))),
+        ShapedAdvantages(ChunkedRatios(TimeWeights(GuardedRatios(BASES[name])))),
+    ):
+        gradients.append(loss_gradient(algorithm, network, rollout, algorithm.advantages(rewards)))
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-12 * gradients[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("around", [ChunkedRatios, GuardedRatios, TimeWeights])
+def test_what_looks_at_single_ratios_stands_inside_chunks(around):
+    with pytest.raises(ValueError, match=rf"^{around.__name__} must be around ratios of single steps"):
+        around(ShapedAdvantages(ChunkedRatios(BASES["flow"])))
 
 
 # --- the guard ---
@@ -193,32 +272,27 @@ def test_chunks_keep_the_gradient_on_policy(name, time_weight, guard):
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_guarded_ratio_is_exactly_one_on_policy(name, chunk):
-    velocity, algorithm = PointwiseVelocity(), replace(BASES[name], guard=True, chunk=chunk)
+    velocity, algorithm = PointwiseVelocity(), with_options(BASES[name], True, chunk)
     rollout, advantages = collect(algorithm, velocity, dtype=torch.float32)
     for on_policy in (True, False):
         stats = SurrogateStats()
-        total_loss(algorithm, velocity, rollout, advantages, on_policy=on_policy, stats=stats)
+        total_loss(algorithm, velocity, rollout, advantages, on_policy=on_policy, surrogate=stats.surrogate)
         assert stats.summary()["ratio_min"] == stats.summary()["ratio_max"] == 1
 
 
-@pytest.mark.parametrize("old_anchor", ["euler", "stored"])
+@pytest.mark.parametrize("leap_from", ["euler", "stored"])
 @pytest.mark.parametrize("on_policy", [True, False])
-def test_guarded_leap_has_mean_zero_under_the_old_policy(old_anchor, on_policy):
-    algorithm = replace(BASES["neighbor"], old_anchor=old_anchor, guard=True, clip_range=0.9)
-    rollout, _ = collect(algorithm, SmallNet())
-    network, seen = SmallNet(), []
-
-    class Spy(SurrogateStats):
-        def add(self, log_ratio, *rest):
-            seen.append(log_ratio)
-
-    total_loss(algorithm, network, rollout, torch.zeros(3, 4), on_policy=on_policy, stats=Spy())
-    states = algorithm.trained_states(rollout, streams(3, 1))
-    with torch.no_grad():
-        v = network(states.of(rollout.x), states.times(rollout.ts)[0])
-        old = algorithm.old_log_prob(rollout, states, algorithm.log_prob(rollout, states, v) if on_policy else None)
-    assert (old.exp() * seen[0]).sum(1).abs().max() < 1e-14
-    assert (seen[0].abs().max() > 1e-4) == (not on_policy or old_anchor == "stored")
+def test_guarded_leap_has_mean_zero_under_the_old_policy(leap_from, on_policy):
+    plain = replace(BASES["neighbor"], leap_from=leap_from, clip_range=0.9)
+    rollout, _ = collect(plain, SmallNet())
+    network, told = SmallNet(), []
+    for algorithm in (plain, GuardedRatios(plain)):
+        watching = Watching()
+        total_loss(algorithm, network, rollout, torch.zeros(3, 4), on_policy=on_policy, surrogate=watching)
+        told += watching.told
+    (_, old, _), (log_ratio, zero, _) = told
+    assert not zero.any() and (old.exp() * log_ratio).sum(1).abs().max() < 1e-14
+    assert (log_ratio.abs().max() > 1e-4) == (not on_policy or leap_from == "stored")
 
 
 @given(st.integers(1, 300), st.floats(0.05, 2), st.floats(0.01, 1))
@@ -266,10 +340,11 @@ def test_advantages_are_shaped_one_by_one(groups, size, power, scale, seed):
 
 @every_algorithm
 def test_shaped_advantages_of_several_rewards_add_up(algorithm):
-    algorithm = replace(algorithm, advantage_power=0.5, advantage_scale="batch")
     rewards = randn((3, algorithm.group_size, 2), seeded(0), dtype=torch.float64)
     parts = [shape_advantages(rewards[..., k], 0.5, "batch") for k in range(2)]
-    assert torch.equal(algorithm.credit(rewards, [0.3, 2.0]), 0.3 * parts[0] + 2.0 * parts[1])
+    expected = algorithm.advantages(rewards[..., 0], None, lambda _: 0.3 * parts[0] + 2.0 * parts[1])
+    found = ShapedAdvantages(algorithm, 0.5, "batch").advantages(rewards, [0.3, 2.0])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # --- weights of steps ---
@@ -302,16 +377,17 @@ def test_weights_reproduce_a_published_table():
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("option", [{"guard": True}, {"time_weight": "equal"}, {"chunk": 2, "guard": True}])
 def test_groups_with_grids_of_their_own(name, option):
-    network, algorithm = SmallNet(), replace(BASES[name], **option)
+    network, algorithm = SmallNet(), with_options(BASES[name], **option)
     rollout, advantages = collect(algorithm, network, groups=2)
     network = SmallNet()
     common = total_loss(algorithm, network, rollout, advantages)
     same = replace(rollout, ts=rollout.ts[:, None].expand(-1, 2))
     torch.testing.assert_close(total_loss(algorithm, network, same, advantages), common)
     ts = torch.stack([rollout.ts, rollout.ts**2], 1)
-    weights = algorithm.step_weights(ts)
+    both, each = algorithm.response(ts), [algorithm.response(ts[:, g]) for g in range(2)]
     for g in range(2):
-        torch.testing.assert_close(weights[:, g], algorithm.step_weights(ts[:, g]))
+        for together, alone in zip(both, each[g], strict=True):
+            torch.testing.assert_close(together[:, g], alone)
 
 
 # --- scouts ---
@@ -330,28 +406,28 @@ def nearness(samples):
     return -(samples - 1).flatten(2).square().sum(2)
 
 
-SCOUTING = {name: a for name, a in SMALL.items() if not getattr(a, "shared_noise", False)}
+SCOUTING = {name: a for name, a in SMALL.items() if not getattr(base(a), "shared_noise", False)}
 
 
 @pytest.mark.parametrize("name", SCOUTING)
 def test_scouts_keep_the_best_and_worst_starts(name):
     plain = SCOUTING[name]
-    algorithm, velocity = replace(plain, scouts=15, scout_steps=3), Counted(PointwiseVelocity())
+    algorithm, velocity = Previews(plain, 15, 3), Counted(PointwiseVelocity())
     noise = randn((3, *SHAPE), seeded(1))
     rollout = algorithm.rollout(velocity, noise, None, streams(3, 0), 0, nearness)
     assert velocity.plain == round(rollout.nfe * 3 * algorithm.group_size)
     assert rollout.nfe == algorithm.nfe_old == plain.nfe_old + 15 * 3 / 6
 
     with torch.no_grad():
-        start = algorithm.initial_noise(noise, streams(3, 0), 15)
+        start = algorithm.starts(noise, 15, streams(3, 0))
         previews = solve(PointwiseVelocity(), start.flatten(0, 1), time_grid(3), method="euler").x[-1]
         previews = previews.unflatten(0, (3, 15))
     for g, rewards in enumerate(nearness(previews)):
         order = rewards.argsort(descending=True).tolist()
         chosen = start[g, order[:3] + order[-3:]]
-        if isinstance(algorithm, ForwardProcess):  # keeps no trajectory, only where it ended
+        if isinstance(plain, ForwardProcess):  # keeps no trajectory, only where it ended
             with torch.no_grad():
-                ends = solve(PointwiseVelocity(), chosen, time_grid(algorithm.steps), method=algorithm.method).x[-1]
+                ends = solve(PointwiseVelocity(), chosen, time_grid(plain.steps), method=plain.method).x[-1]
             assert torch.equal(rollout.samples[g], ends)
         else:
             assert torch.equal(rollout.x[0, g], chosen)
@@ -366,12 +442,12 @@ def test_scouts_see_the_condition_of_their_group():
         seen.append(cond.tolist())
         return torch.zeros_like(x)
 
-    algorithm = replace(SMALL["neighbor"], scouts=7, scout_steps=1)
+    algorithm = Previews(SMALL["neighbor"], 7, 1)
     algorithm.rollout(velocity, torch.zeros(2, *SHAPE), torch.tensor([4.0, 5.0]), seeded(0), 0, nearness)
     assert seen[0] == [4.0] * 7 + [5.0] * 7 and seen[1] == [4.0] * 6 + [5.0] * 6
 
 
 def test_metrics_count_the_scouts():
-    algorithm = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2, scouts=8)
+    algorithm = Previews(NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2), 8)
     rows = Trainer(TinyTask(), algorithm, SETTINGS).run(progress=False).rows
     assert [row["nfe_old"] for row in rows] == [3 + 8 * 2 / 4] * 2
