@@ -81,6 +81,9 @@ class Plain(Task):
     def __init__(self, given: object):
         self.policy, self.shape, self.prompts = given.policy, given.shape, given.prompts
         self.conditions, self.reward, self.evaluate = given.conditions, given.reward, given.evaluate
+        members = {name for name in [*vars(Task), *Task.__annotations__] if name[0] != "_"}
+        more = sorted(members.intersection(dir(given)).difference(vars(self)))
+        require(not more, "task", type(given).__name__, f"an instance of training.Task, for its {', '.join(more)} to count")
 
 # %% ../nbs/training.ipynb #ac6eb17f
 @dataclass(frozen=True)
@@ -310,7 +313,7 @@ class Run:
 
     def prepare(self) -> None:
         "Make reference and optimizer."
-        if self.penalties: self.reference = self.task.reference()
+        if self.penalties: self.reference = self.task.reference().requires_grad_(False).eval()
         self.make_optimizer()
 
     def make_optimizer(self) -> None:

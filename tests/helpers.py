@@ -6,6 +6,7 @@ from torch import nn
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.runs.folder import Checkpoints, read_rows
 from neighbor_grpo.solvers import solve
+from neighbor_grpo.training import Task
 
 
 class GaussianFlow:
@@ -112,7 +113,7 @@ def strayed(found, expected, start):
 STRAYED = 0.01  # of the way; rounding alone stays below a tenth of it
 
 
-class TinyTask:
+class TinyTask(Task):
     "Points that shall move to (1, 1), five prompts that shift the velocity, and dropout, which draws global numbers."
 
     shape, prompts = (2,), 5

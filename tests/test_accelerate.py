@@ -38,10 +38,12 @@ from neighbor_grpo.runs.processes import (
 )
 from neighbor_grpo.runs.trainer import Trainer, trained_state
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.training import TrainSettings
+from neighbor_grpo.training import Task, TrainSettings
 
-ALGORITHM = NeighborGRPO(group_size=4, steps=4, anchors=2, trained_steps=2, kl_weight=0.05)
-SETTINGS = TrainSettings(iterations=6, groups=4, updates=2, lr=3e-3, ema=0.8, eval_every=2, checkpoint_every=2)
+ALGORITHM = NeighborGRPO(group_size=4, steps=4, anchors=2, trained_steps=2)
+SETTINGS = TrainSettings(
+    iterations=6, groups=4, updates=2, lr=3e-3, kl_weight=0.05, ema=0.8, eval_every=2, checkpoint_every=2
+)
 INSTALLED = [name for name in TRACKERS if find_spec(name)]
 
 
@@ -53,7 +55,7 @@ KINDS = {
 }
 
 
-class Bright:
+class Bright(Task):
     "A tiny random pipeline that is rewarded for red, and may die while it judges."
 
     shape, prompts = (4, 8, 8), 3
@@ -324,10 +326,10 @@ class Colourful(TinyTask):
 
 def small_run(folder, task, iterations, resume=False):
     "A run without processes; the tracker that was told of it, and the trainer."
-    settings = replace(SETTINGS, iterations=iterations, groups=2, checkpoint_every=3)
+    settings = replace(SETTINGS, iterations=iterations, groups=2, kl_weight=0.0, checkpoint_every=3)
     accelerator = Noted(folder / "logs")
     notes = accelerator.trackers[0]
-    trainer = Trainer(task, replace(ALGORITHM, kl_weight=0.0), settings, folder, resume)
+    trainer = Trainer(task, ALGORITHM, settings, folder, resume)
     with Tracking(accelerator, trainer) as tracking:
         trainer.run(progress=False, callback=tracking)
     assert (
@@ -369,8 +371,8 @@ def test_rows_that_are_made_again_are_not_logged_again(tmp_path):
             return super().reward(samples, prompts)
 
     accelerator = Noted(tmp_path / "run" / "logs")
-    settings = replace(SETTINGS, iterations=7, groups=2, checkpoint_every=3)
-    trainer = Trainer(Dies(), replace(ALGORITHM, kl_weight=0.0), settings, tmp_path / "run")
+    settings = replace(SETTINGS, iterations=7, groups=2, kl_weight=0.0, checkpoint_every=3)
+    trainer = Trainer(Dies(), ALGORITHM, settings, tmp_path / "run")
     trainer.save = lambda save=trainer.save: None if trainer.iteration == 5 else save()
     first = accelerator.trackers[0]
     with pytest.raises(Killed), Tracking(accelerator, trainer) as tracking:
@@ -381,7 +383,7 @@ def test_rows_that_are_made_again_are_not_logged_again(tmp_path):
 
 
 def test_tracking_wants_a_run_folder(tmp_path):
-    trainer = Trainer(TinyTask(), replace(ALGORITHM, kl_weight=0.0), replace(SETTINGS, groups=2))
+    trainer = Trainer(TinyTask(), ALGORITHM, replace(SETTINGS, groups=2, kl_weight=0.0))
     with pytest.raises(ValueError, match="trainer.out is needed: a run folder"):
         Tracking(Noted(tmp_path), trainer)
 

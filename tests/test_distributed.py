@@ -9,21 +9,23 @@ import torch.distributed as dist
 from helpers import STRAYED, TinyTask, assert_same_outcome, strayed, weights
 from torch import multiprocessing
 
-from neighbor_grpo import training
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.trajectories import OPGRPO
+from neighbor_grpo.rivals.catalogue import make, modified
 from neighbor_grpo.runs import folder as run_folder
+from neighbor_grpo.runs import trainer as trainer_module
 from neighbor_grpo.runs.folder import Checkpoints, gather, read_rows
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 
 ALGORITHMS = {
-    "neighbor": NeighborGRPO(
-        group_size=4, steps=3, anchors=2, trained_steps=2, kl_weight=0.05, advantage_scale="batch"
+    "neighbor": modified(
+        NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2), "slas", advantage_scale="batch"
     ),
-    "op": OPGRPO(group_size=4, steps=4, trained_steps=2, replay=2, memory_size=3, memory_age=3),
+    "op": make("op", group_size=4, steps=4, trained_steps=2, replay=2, memory_size=3, memory_age=3),
 }
-SETTINGS = TrainSettings(iterations=6, groups=4, updates=2, lr=1e-2, ema=0.8, eval_every=2, checkpoint_every=2)
+SETTINGS = TrainSettings(
+    iterations=6, groups=4, updates=2, lr=1e-2, kl_weight=0.05, ema=0.8, eval_every=2, checkpoint_every=2
+)
 
 
 class Watched(TinyTask):
@@ -54,7 +56,7 @@ def work(rank, size, folder, name):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
-    writers = {"save_file": run_folder, "append_row": training, "write_atomically": run_folder}
+    writers = {"save_file": run_folder, "append_row": trainer_module, "write_atomically": run_folder}
     written = []
     for writer, module in writers.items():
         function = getattr(module, writer)
@@ -142,7 +144,7 @@ def test_two_processes_resume_where_they_stopped(runs):
 
 
 def test_groups_must_divide_among_the_processes(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "world", lambda: (0, 3))
+    monkeypatch.setattr(trainer_module, "world", lambda: (0, 3))
     with pytest.raises(ValueError, match="groups must be a multiple of the 3 processes, got 4"):
         Trainer(TinyTask(), ALGORITHMS["neighbor"], SETTINGS, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

@@ -28,8 +28,8 @@ from neighbor_grpo.runs.trainer import Trainer, plot_run, run_config
 from neighbor_grpo.tasks import digits, toy2d  # noqa: F401  # imported once, before processes are forked
 from neighbor_grpo.training import TrainSettings
 
-ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2, kl_weight=0.05)
-SETTINGS = TrainSettings(iterations=4, groups=2, ema=0.8, eval_every=2, checkpoint_every=2)
+ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
+SETTINGS = TrainSettings(iterations=4, groups=2, kl_weight=0.05, ema=0.8, eval_every=2, checkpoint_every=2)
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
