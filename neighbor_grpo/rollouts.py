@@ -220,6 +220,8 @@ class Algorithm:
     "Whether the loss is a clipped ratio, which must be 1 for the policy that collected."
     together: int = 1
     "Trained states must go through the network in multiples of this many, where states are judged together."
+    untrained: Sequence[int] = ()
+    "Steps of its solver that are never trained; none where they are drawn at random, or where no step is trained."
     nfe_old: float
     "Evaluations without gradient, per sample."
     nfe_theta: float
@@ -298,8 +300,6 @@ class StepAlgorithm(Algorithm):
     "T, solver steps of a rollout."
     trained_steps: int
     "K, steps trained for each trained candidate."
-    untrained: Sequence[int] = ()
-    "Steps that are never trained; none where they are drawn at random."
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
         "`(T+1[, P])` times -> (S[, P]) each: how far a step's mean moves when the velocity moves by one, and its noise."

@@ -284,7 +284,7 @@ def check_run(
     s, parts = settings, algorithm.together
     allowed = f"an integer >= 0, a multiple of {parts}, the states that are judged together"
     require(s.micro_batch % parts == 0, "micro_batch", s.micro_batch, allowed)
-    holds = s.hold_weight == 0 or isinstance(algorithm, StepAlgorithm) and len(algorithm.untrained) > 0
+    holds = s.hold_weight == 0 or len(algorithm.untrained) > 0
     require(holds, "hold_weight", s.hold_weight, "0 unless only the first or last steps are trained")
     trained = any(p.requires_grad for p in task.policy.parameters())
     require(trained, "task.policy", type(task.policy).__name__, "a module whose weights require a gradient")

@@ -713,7 +713,7 @@ def test_every_other_step_is_held_at_times_and_its_cost_is_reported(algorithm):
 
 def test_neighbor_grpo_has_few_settings_and_a_short_class():
     assert len(fields(NeighborGRPO)) <= 14
-    lines = [line for line in getsource(NeighborGRPO).splitlines() if line.strip() and line.strip()[0] not in "#\"`"]
+    lines = [line for line in getsource(NeighborGRPO).splitlines() if line.strip() and line.strip()[0] not in '#"`']
     assert len(lines) <= 120
 
 

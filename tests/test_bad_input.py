@@ -1,7 +1,6 @@
 """Wrong calls and wrong command lines: each error names the argument, its value and what is allowed."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,22 @@ from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.rewards.judges import CLIPScore, Rewards, parse_rewards
 from neighbor_grpo.rewards.remote import Compressibility, RemoteReward, check_scores, to_pictures
 from neighbor_grpo.reweighting import quasi_norm
+from neighbor_grpo.rivals.catalogue import make, modified
 from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, forward_times
 from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
 from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, TempFlowGRPO
-from neighbor_grpo.rivals.modifiers import chunk_means, equal_pull, extremes, shape_advantages
-from neighbor_grpo.rivals.trajectories import OPGRPO, TMPO
+from neighbor_grpo.rivals.modifiers import (
+    ChunkedRatios,
+    GuardedRatios,
+    Previews,
+    ShapedAdvantages,
+    TimeWeights,
+    chunk_means,
+    equal_pull,
+    extremes,
+    shape_advantages,
+)
+from neighbor_grpo.rivals.trajectories import TMPO, Replay
 from neighbor_grpo.rollouts import take
 from neighbor_grpo.runs.folder import Checkpoints, read_config
 from neighbor_grpo.runs.processes import tracker_names
@@ -36,7 +46,7 @@ from neighbor_grpo.solvers import solve
 from neighbor_grpo.tasks.digits import DigitsSettings
 from neighbor_grpo.tasks.scenes import Caption, Thing, all_captions, draw_layout, find, split_captions, verify
 from neighbor_grpo.tasks.toy2d import ToySettings
-from neighbor_grpo.training import TrainSettings
+from neighbor_grpo.training import Run, TrainSettings
 
 x, group = torch.zeros(3, 2), torch.zeros(3, 4, 2)
 velocity = PointwiseVelocity()
@@ -46,6 +56,10 @@ small = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
 def losses(algorithm=small, advantages=None, **more):
     rollout = algorithm.rollout(velocity, x, None, seeded(0))
     return list(algorithm.losses(velocity, rollout, torch.zeros(3, 4) if advantages is None else advantages, **more))
+
+
+def run(algorithm, **settings):
+    return Run(TinyTask(), algorithm, TrainSettings(**settings))
 
 
 def frozen_task():
@@ -111,19 +125,31 @@ CALLS = [
     (lambda: NeighborGRPO(sigma=math.nan), "sigma", "nan", "finite"),
     (lambda: NeighborGRPO(temperature=0.0), "temperature", "0.0", "> 0"),
     (lambda: NeighborGRPO(p=3.0), "p", "3.0", "(0, 2]"),
-    (lambda: NeighborGRPO(rescale="yes"), "rescale", "'yes'", "True or False"),
+    (lambda: FlowGRPO(shared_noise="yes"), "shared_noise", "'yes'", "True or False"),
     (lambda: NeighborGRPO(clip_range=1.0), "clip_range", "1.0", "(0, 1)"),
-    (lambda: NeighborGRPO(kl_weight=-0.1), "kl_weight", "-0.1", ">= 0"),
-    (lambda: NeighborGRPO(hold_weight=-0.1), "hold_weight", "-0.1", ">= 0"),
-    (lambda: NeighborGRPO(hold_weight=0.1), "hold_weight", "0.1", "0 unless only the first or last steps are trained"),
-    (lambda: NeighborGRPO(micro_batch=-1), "micro_batch", "-1", ">= 0"),
+    (lambda: TrainSettings(kl_weight=-0.1), "kl_weight", "-0.1", ">= 0"),
+    (lambda: TrainSettings(hold_weight=-0.1), "hold_weight", "-0.1", ">= 0"),
+    (lambda: run(small, hold_weight=0.1), "hold_weight", "0.1", "0 unless only the first or last steps are trained"),
+    (lambda: run(VGRPO(), hold_weight=0.1), "hold_weight", "0.1", "0 unless only the first or last steps are trained"),
+    (
+        lambda: run(Previews(DiffusionNFT()), hold_weight=0.1),
+        "hold_weight",
+        "0.1",
+        "0 unless only the first or last steps are trained",
+    ),
+    (lambda: TrainSettings(micro_batch=-1), "micro_batch", "-1", ">= 0"),
     (lambda: FlowGRPO(trained_steps=10), "trained_steps", "10", "[1, 9]"),
     (lambda: FlowGRPO(noise_level=0.0), "noise_level", "0.0", "> 0"),
     (lambda: DanceGRPO(noise_level=0.0), "noise_level", "0.0", "> 0"),
-    (lambda: NeighborGRPO(method="heun", train_step="rollout"), "train_step", "'rollout'", "'euler' with Heun"),
+    (
+        lambda: NeighborGRPO(method="heun", leap_from="rollout"),
+        "leap_from",
+        "'rollout'",
+        "'euler' or 'stored' with Heun",
+    ),
+    (lambda: NeighborGRPO(leap_from="home"), "leap_from", "'home'", "euler, stored, rollout"),
     (lambda: DanceGRPO(advantage_clip=0.0), "advantage_clip", "0.0", "> 0"),
     (lambda: losses(advantages=torch.zeros(4, 3)), "advantages", "(4, 3)", "(3, 4)"),
-    (lambda: losses(replace(small, kl_weight=0.1)), "reference", "is needed", "kl_weight > 0"),
     (lambda: TrainSettings(iterations=0), "iterations", "0", ">= 1"),
     (lambda: TrainSettings(lr_decay=-1), "lr_decay", "-1", ">= 0"),
     (lambda: TrainSettings(iterations=11, lr_decay=10), "iterations", "11", "at most 10, the lr_decay"),
@@ -145,15 +171,15 @@ CALLS = [
     (lambda: DigitsSettings(eval_samples=10), "eval_samples", "10", ">= 64"),
     (lambda: CostTask("sd3"), "network", "'sd3'", "'digits' or 'toy'"),
     (lambda: measure([small], iterations=0), "iterations", "0", ">= 1"),
-    (lambda: OPGRPO(replay=12), "replay", "12", "[0, 11]"),
-    (lambda: OPGRPO(memory_size=0), "memory_size", "0", ">= 1"),
-    (lambda: OPGRPO(memory_age=0), "memory_age", "0", ">= 1"),
-    (lambda: OPGRPO(micro_batch=12), "micro_batch", "12", "a multiple of 5"),
+    (lambda: Replay(NeighborGRPO(), replay=12), "replay", "12", "[0, 11]"),
+    (lambda: Replay(NeighborGRPO(), memory_size=0), "memory_size", "0", ">= 1"),
+    (lambda: make("op", memory_age=0), "memory_age", "0", ">= 1"),
+    (lambda: run(make("op"), micro_batch=12), "micro_batch", "12", "a multiple of 5"),
     (lambda: TMPO(beta=0.0), "beta", "0.0", "> 0"),
     (lambda: TMPO(match="ratio"), "match", "'ratio'", "balance, cross"),
-    (lambda: TMPO(chunk=5), "chunk", "5", "no ratio"),
-    (lambda: TMPO(time_weight="equal"), "time_weight", "'equal'", "no ratio"),
-    (lambda: TMPO(micro_batch=12), "micro_batch", "12", "a multiple of 60"),
+    (lambda: ChunkedRatios(TMPO(), 5), "ChunkedRatios", "around TMPO", "an algorithm with ratios"),
+    (lambda: TimeWeights(TMPO()), "TimeWeights", "around TMPO", "an algorithm with ratios"),
+    (lambda: run(TMPO(), micro_batch=12), "micro_batch", "12", "a multiple of 60"),
     (lambda: MixGRPO(trained_steps=26), "trained_steps", "26", "[0, 25]"),
     (lambda: MixGRPO(window_every=0), "window_every", "0", ">= 1"),
     (lambda: MixGRPO(window_stride=0), "window_stride", "0", ">= 1"),
@@ -171,17 +197,26 @@ CALLS = [
     (lambda: equal_pull(torch.tensor([0.5, 0.0])), "reach", "[0.5, 0.0]", "positive and finite"),
     (lambda: extremes(torch.rand(2, 3), 4), "count", "4", "[2, 3]"),
     (lambda: extremes(torch.rand(2, 3), 1), "count", "1", "[2, 3]"),
-    (lambda: NeighborGRPO(advantage_power=-1.0), "advantage_power", "-1.0", ">= 0"),
-    (lambda: NeighborGRPO(advantage_scale="all"), "advantage_scale", "'all'", "group, batch"),
-    (lambda: NeighborGRPO(chunk=3), "chunk", "3", "a divisor of 4"),
-    (lambda: NeighborGRPO(chunk=-1), "chunk", "-1", "a divisor of 4"),
-    (lambda: NeighborGRPO(chunk=2, micro_batch=6), "micro_batch", "6", "a multiple of 4"),
-    (lambda: NeighborGRPO(guard=1), "guard", "1", "True or False"),
-    (lambda: NeighborGRPO(time_weight="noise"), "time_weight", "'noise'", "'none' or 'equal'"),
-    (lambda: NeighborGRPO(scouts=11), "scouts", "11", ">= 12"),
-    (lambda: NeighborGRPO(scouts=12, scout_steps=0), "steps", "0", "an integer >= 1"),
-    (lambda: DanceGRPO(scouts=24), "scouts", "24", "0 where all candidates start alike"),
-    (lambda: NeighborGRPO(scouts=24).rollout(velocity, x), "reward", "is needed", "scouts > 0"),
+    (lambda: ShapedAdvantages(NeighborGRPO(), -1.0), "advantage_power", "-1.0", ">= 0"),
+    (lambda: ShapedAdvantages(NeighborGRPO(), 0.5, "all"), "advantage_scale", "'all'", "group, batch"),
+    (lambda: ChunkedRatios(NeighborGRPO(), 3), "chunk", "3", "a divisor of 4"),
+    (lambda: ChunkedRatios(NeighborGRPO(), -1), "chunk", "-1", "a divisor of 4"),
+    (lambda: ChunkedRatios(NeighborGRPO(), 2.0), "chunk", "2.0", "an integer"),
+    (lambda: run(ChunkedRatios(NeighborGRPO(), 2), micro_batch=6), "micro_batch", "6", "a multiple of 4"),
+    (lambda: GuardedRatios(ChunkedRatios(FlowGRPO(), 3)), "GuardedRatios", "around ChunkedRatios", "chunks go outside"),
+    (lambda: TimeWeights(NeighborGRPO(), "noise"), "time_weight", "'noise'", "'equal' for steps without noise"),
+    (lambda: Previews(NeighborGRPO(), 11), "scouts", "11", ">= 12"),
+    (lambda: Previews(NeighborGRPO(), 12, 0), "steps", "0", "an integer >= 1"),
+    (lambda: Previews(DanceGRPO()), "Previews", "around DanceGRPO", "whose candidates start apart"),
+    (lambda: Previews(NeighborGRPO()).rollout(velocity, x), "reward", "is needed", "for previews"),
+    (
+        lambda: modified(FlowGRPO(), "guards"),
+        "modifiers",
+        "['guards']",
+        "weights, guard, chunks, slas, previews, replay",
+    ),
+    (lambda: modified(FlowGRPO(), "guard", chunk=3), "settings", "['chunk']", "those of the modifiers"),
+    (lambda: make("ppo"), "name", "'ppo'", "neighbor, flow, dance"),
     (lambda: FlowGRPO(sampler="ode"), "sampler", "'ode'", "flow, dance, cps"),
     (lambda: FlowGRPO(sampler="cps", noise_level=1.1), "noise_level", "1.1", "at most 1"),
     (lambda: TrainSettings(collector="average"), "collector", "'average'", "'policy' when ema is 0"),
@@ -189,11 +224,11 @@ CALLS = [
     (lambda: read_config("nowhere", "--out"), "--out", "nowhere", "a run folder"),
     (lambda: forward_times(2, 0), "count", "0", "an integer >= 1"),
     (lambda: forward_times(2, 3, generator=[seeded(0)]), "generator", "1 generators", "2"),
-    (lambda: DiffusionNFT(guard=True), "guard", "True", "no solver step is trained"),
-    (lambda: DiffusionNFT(chunk=3), "chunk", "3", "no ratio"),
+    (lambda: GuardedRatios(DiffusionNFT()), "GuardedRatios", "around DiffusionNFT", "ratios of its solver's steps"),
+    (lambda: ChunkedRatios(VGRPO()), "ChunkedRatios", "around VGRPO", "ratios of its solver's steps"),
     (lambda: DiffusionNFT(beta=0.0), "beta", "0.0", "> 0"),
-    (lambda: VGRPO(time_weight="equal"), "time_weight", "'equal'", "'none'"),
-    (lambda: VGRPO(train_where="last"), "train_where", "'last'", "'random'"),
+    (lambda: VGRPO(one_ratio=1), "one_ratio", "1", "True or False"),
+    (lambda: run(VGRPO(), micro_batch=6), "micro_batch", "6", "a multiple of 4"),
     (lambda: VGRPO(soft_clip=0.0), "soft_clip", "0.0", "> 0"),
     (lambda: SD3Settings(lora_rank=-1), "lora_rank", "-1", ">= 0"),
     (lambda: SD3Settings(lora_rank=4.0), "lora_rank", "4.0", "an integer"),
@@ -303,7 +338,7 @@ COMMAND_LINES = [
     ("train toy --anchors 13", "anchors", "13", "[1, 12]"),
     ("train toy --trained_steps 9", "trained_steps", "9", "[1, 8]"),
     ("train toy --method rk4", "method", "rk4", "heun"),
-    ("train toy --rescale maybe", "rescale", "maybe", "bool"),
+    ("train toy --shuffle maybe", "shuffle", "maybe", "bool"),
     ("train toy --no-such 3", "unrecognized", "--no-such", "3"),
     ("train toy --pretrain_steps 1 --iterations 1 --sigm 0.3", "unrecognized", "--sigm", "0.3"),
     ("train toy --pretrain_steps 1 --iterations 1 --algo dance", "unrecognized", "--algo", "dance"),

@@ -9,6 +9,7 @@ from neighbor_grpo.cli import read_command
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.rivals.mixed import TempFlowGRPO
+from neighbor_grpo.rivals.modifiers import Previews
 
 # What pipelines of SD3.5 take in ten steps where nobody passes them sigmas.
 SD35 = [1, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.2780, 0.0089, 0]
@@ -36,10 +37,8 @@ def test_unknown_grid_is_refused():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_rollouts_and_previews_take_the_grid(name):
-    algorithm = replace(ALGORITHMS[name](), shift=3.0, grid="scheduler")
-    if not getattr(algorithm, "shared_noise", False):
-        algorithm = replace(algorithm, scouts=24, scout_steps=3)
-    seen = set()
+    own, seen = replace(ALGORITHMS[name](), shift=3.0, grid="scheduler"), set()
+    algorithm = own if getattr(own, "shared_noise", False) else Previews(own, scouts=24, scout_steps=3)
 
     def velocity(x, t, cond):
         seen.update(t.tolist())
@@ -47,12 +46,12 @@ def test_rollouts_and_previews_take_the_grid(name):
 
     score = lambda x: x[..., 0]
     rollout = algorithm.rollout(velocity, randn((1, 2), seeded(0)), None, [seeded(1)], 0, score)
-    full = time_grid(algorithm.steps, 3.0, "scheduler")
+    full = time_grid(own.steps, 3.0, "scheduler")
     if name in ("nft", "vgrpo"):  # their trained times are drawn anew
         assert set(full[:-1].tolist()) <= seen
     else:
         assert torch.isin(rollout.ts, full).all() and rollout.ts[1] == full[1]  # tails may be thinned
-    if algorithm.scouts:
+    if algorithm is not own:
         assert set(time_grid(3, 3.0, "scheduler")[:-1].tolist()) <= seen
 
 

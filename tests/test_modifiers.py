@@ -88,7 +88,17 @@ def test_modifiers_at_neutral_settings_change_no_bit_of_a_run(algorithm):
 @every_algorithm
 def test_a_modifier_passes_on_what_it_does_not_change(algorithm):
     around, ts = Plain(algorithm), time_grid(4)
-    for name in ("group_size", "shift", "grid", "has_ratio", "together", "nfe_old", "nfe_theta", "steps", "trained_steps"):
+    for name in (
+        "group_size",
+        "shift",
+        "grid",
+        "has_ratio",
+        "together",
+        "nfe_old",
+        "nfe_theta",
+        "steps",
+        "trained_steps",
+    ):
         assert getattr(around, name) == getattr(algorithm, name)
     (rollout, advantages), (inner, same) = (collect(a, PointwiseVelocity()) for a in (around, algorithm))
     assert torch.equal(rollout.x, inner.x) and torch.equal(advantages, same)

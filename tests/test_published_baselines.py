@@ -1,13 +1,14 @@
 """Baselines as their authors publish them: evaluations of Flash*, where windows end, the scale of TMPO's loss."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar
+from neighbor_grpo.rivals.modifiers import GuardedRatios, TimeWeights
 from neighbor_grpo.rivals.trajectories import TMPO
+from neighbor_grpo.rollouts import Watched
+from neighbor_grpo.training import VelocityPenalty
 
 
 def still(x, t, cond=None):
@@ -39,14 +40,13 @@ def test_progressive_window_stays_at_the_end_of_the_path(stride):
 
 def test_last_step_is_noisy_and_trained_at_the_end_of_the_path():
     algorithm = MixGRPO(steps=6, trained_steps=2, window_every=1, group_size=4)
-    for weighted in (algorithm, replace(algorithm, time_weight="equal"), replace(algorithm, guard=True)):
+    for weighted in (algorithm, TimeWeights(algorithm), GuardedRatios(algorithm)):
         rollout = rolled(weighted, 9)
         assert rollout.noisy[:, 0].tolist() == [False] * 4 + [True] * 2
-        states = weighted.trained_states(rollout, None)
+        states = weighted.choose(rollout, None)
         assert states.step.unique().tolist() == [4, 5]
-        v = states.of(rollout.v).requires_grad_(True)
-        advantages = randn((2, 4), seeded(2))
-        weighted.gain(rollout, states, v, advantages, False, None).backward()
+        v = states.select(rollout.v).requires_grad_(True)
+        weighted.loss(lambda x, t, cond, v=v: v, rollout, states, randn((2, 4), seeded(2))).backward()
         assert v.grad[states.step == 5].abs().min() > 0 and v.grad.isfinite().all()
 
 
@@ -65,8 +65,8 @@ def test_tmpos_loss_is_a_mean_over_trajectories(match):
         algorithm = TMPO(group_size=6, steps=5, trained_steps=trained_steps, train_where="first", match=match)
         rollout, target = rolled(algorithm), algorithm.advantages(rewards)
         loss = sum(algorithm.losses(still, rollout, target, seeded(4)))
-        states = algorithm.trained_states(rollout, seeded(4))
-        path = algorithm.log_prob(rollout, states, states.of(rollout.v)).view(2, 6, trained_steps).sum(2)
+        states = algorithm.choose(rollout, seeded(4))
+        path = algorithm.log_prob(rollout, states, states.select(rollout.v)).view(2, 6, trained_steps).sum(2)
         p, q = path.log_softmax(1), target.log_softmax(1)
         each = 6 * q.exp() * p if match == "cross" else -(p - q).square() / 2
         torch.testing.assert_close(loss, -each.mean())
@@ -77,13 +77,14 @@ def test_tmpos_penalty_weighs_as_much_beside_its_loss_whatever_the_number_of_ste
         return torch.ones_like(x)
 
     for trained_steps in (1, 4):
-        algorithm = TMPO(group_size=6, steps=5, trained_steps=trained_steps, kl_weight=0.3)
-        rollout, target = rolled(algorithm), torch.zeros(2, 6)
-        plain, held = (
-            sum(a.losses(still, rollout, target, seeded(4), reference=shifted))
-            for a in (replace(algorithm, kl_weight=0.0), algorithm)
-        )
-        states = algorithm.trained_states(rollout, seeded(4))
-        v = states.of(rollout.v)
-        divergence = algorithm.divergence(rollout, states, v, torch.ones_like(v))
-        torch.testing.assert_close(held - plain, 0.3 * divergence.mean())
+        algorithm = TMPO(group_size=6, steps=5, trained_steps=trained_steps)
+        rollout = rolled(algorithm)
+        states = algorithm.choose(rollout, seeded(4))
+        watched = Watched(still)
+        watched(*states.inputs(rollout))
+        weights = algorithm.distance_weights(rollout, states)
+        held = VelocityPenalty(0.3).at_trained(watched, shifted, weights) / len(states)
+        pair = (algorithm.gaussian(rollout, states, f(*states.inputs(rollout))) for f in (still, shifted))
+        (mean, std), (mean_ref, _) = pair
+        divergence = ((mean - mean_ref) / std).square().flatten(1).mean(1) / 2
+        torch.testing.assert_close(held, 0.3 * divergence.mean())
