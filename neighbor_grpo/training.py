@@ -29,7 +29,7 @@ from .rollouts import Algorithm, Rollout, StepAlgorithm, States, Watched, check_
 
 # %% ../nbs/training.ipynb #7aa3e30c
 class Task:
-    "What the loop asks of a task: a policy, prompts, a reward, and a held-out judgment. The first six members are needed."
+    "A policy, prompts, a reward, and a held-out judgment. The first six members are needed."
     policy: nn.Module
     "`velocity(x, t, cond)`, whose weights are trained."
     shape: tuple[int, ...]
@@ -38,11 +38,11 @@ class Task:
     "How many training prompts there are, numbered from 0."
 
     def conditions(self, prompts: Tensor) -> object:
-        "What the velocity takes as `cond` for prompts `(P,)`: None, or a structure of tensors with P rows."
+        "What the velocity takes for prompts `(P,)`: None, or a structure of tensors with P rows."
         raise NotImplementedError
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
-        "`(N, *shape), (N,) -> (N,)` finite rewards, or `(N, R)` for R of them; weighted by `reward_weights` if it has them."
+        "`(N, *shape), (N,) -> (N,)` finite rewards, or `(N, R)` for R of them."
         raise NotImplementedError
 
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
@@ -54,9 +54,9 @@ class Task:
     shift: float = 1.0
     "Time shift of the grid that fits the policy, where the algorithm is not told another."
     coarse: bool = False
-    "The policy answers in less than float32, so old velocities have to be computed again in the batches of training."
+    "The policy rounds to less than float32: old velocities are computed again in training batches."
     split_guidance: bool = False
-    "Training guides otherwise than the rollout does, so that stored velocities are not those of the policy that learns."
+    "Training guides otherwise than the rollout: stored velocities are not the learning policy's."
     base: Velocity
     "The policy before training, for tables and pictures."
     saves: bool = False
@@ -83,12 +83,13 @@ class Plain(Task):
         self.conditions, self.reward, self.evaluate = given.conditions, given.reward, given.evaluate
         members = {name for name in [*vars(Task), *Task.__annotations__] if name[0] != "_"}
         more = sorted(members.intersection(dir(given)).difference(vars(self)))
-        require(not more, "task", type(given).__name__, f"an instance of training.Task, for its {', '.join(more)} to count")
+        allowed = f"an instance of training.Task, for its {', '.join(more)} to count"
+        require(not more, "task", type(given).__name__, allowed)
 
 # %% ../nbs/training.ipynb #ac6eb17f
 @dataclass(frozen=True)
 class TrainSettings:
-    "How long, how fast and how often. What is trained is the task's, how it is credited the algorithm's."
+    "How long, how fast and how often. Task and algorithm say what is trained and how."
     iterations: int = 100
     "Rollouts to make, >= 1."
     groups: int = 10
@@ -102,17 +103,17 @@ class TrainSettings:
     weight_decay: float = 0.0
     "Of AdamW, >= 0."
     kl_weight: float = 0.0
-    "Weight of a penalty that keeps the policy near its reference; costs one more evaluation per trained state."
+    "Weight of a penalty that keeps the policy near its reference; an evaluation per trained state."
     hold_weight: float = 0.0
-    "Weight of a penalty that keeps the other steps at the reference; costs one more state per trained candidate."
+    "Weight of a penalty that holds the other steps; one more state per trained candidate."
     micro_batch: int = 0
     "Trained states that go through the network at once; 0: all. Changes memory, not the result."
     max_grad_norm: float = 1.0
     "The gradient is scaled down to this norm where it is longer."
     ema: float = 0.0
-    "Decay in [0, 1) of an average of the weights, which is then what is evaluated and sampled; 0: none."
+    "Decay in [0, 1) of an average of the weights, which is then evaluated and sampled; 0: none."
     collector: Literal["policy", "average"] = "policy"
-    "Whose weights roll out: the policy's own, or their average (DiffusionNFT), which needs ema > 0."
+    "Whose weights roll out: the policy's own, or their average (DiffusionNFT), for ema > 0."
     shuffle: bool = False
     "Shuffle the advantages within each group: a control that must not learn."
     seed: int = 0
@@ -128,17 +129,21 @@ class TrainSettings:
         check_types(self)
         for name in ("iterations", "groups", "updates", "eval_every", "checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        for name in ("lr", "max_grad_norm"): require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+        for name in ("lr", "max_grad_norm"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("lr_decay", "weight_decay", "kl_weight", "hold_weight", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(self.micro_batch >= 0, "micro_batch", self.micro_batch, "an integer >= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         enough = self.lr_decay == 0 or self.iterations <= self.lr_decay
-        require(enough, "iterations", self.iterations, f"at most {self.lr_decay}, the lr_decay, where the rate is zero")
-        require(self.collector == "policy" or self.ema > 0, "collector", self.collector, "'policy' when ema is 0")
+        allowed = f"at most {self.lr_decay}, the lr_decay, where the rate is zero"
+        require(enough, "iterations", self.iterations, allowed)
+        known = self.collector == "policy" or self.ema > 0
+        require(known, "collector", self.collector, "'policy' when ema is 0")
 
 # %% ../nbs/training.ipynb #74641cfc
-PROMPT_KEY, GROUP_KEY, GLOBAL_KEY, SHUFFLE_KEY = 1, 2, 3, 4  # the first key of `seeded` says what the numbers are for
+# the first key of `seeded`: what the numbers are for
+PROMPT_KEY, GROUP_KEY, GLOBAL_KEY, SHUFFLE_KEY = 1, 2, 3, 4
 
 def choose_prompts(
     total: int,  # number of prompts there are
@@ -172,9 +177,11 @@ def score(
 ) -> Tensor:  # (P, M), or (P, M, R) where the task has R > 1 rewards; finite
     "Rewards of all candidates, checked."
     groups, count = samples.shape[:2]
-    rewards, expected = as_numbers(task.reward(samples.flatten(0, 1), prompts.repeat_interleave(count))), (groups * count,)
+    expected = (groups * count,)
+    rewards = as_numbers(task.reward(samples.flatten(0, 1), prompts.repeat_interleave(count)))
     good = rewards.shape == expected or rewards.shape[:-1] == expected and rewards.shape[-1] > 1
-    require(good, "rewards", f"shape {tuple(rewards.shape)}", f"of shape {expected}, one a sample, or {expected} x R > 1")
+    allowed = f"of shape {expected}, one a sample, or {expected} x R > 1"
+    require(good, "rewards", f"shape {tuple(rewards.shape)}", allowed)
     rewards = rewards.detach().cpu().unflatten(0, (groups, count))
     if rewards.ndim == 2: return check_rewards(rewards)
     return torch.stack([check_rewards(r) for r in rewards.unbind(2)], 2)
@@ -185,18 +192,21 @@ def reported(
     weights: Sequence[float] | None,  # of the R
 ) -> Tensor:  # (P, M)
     "Several rewards as the one that is reported."
-    return rewards if rewards.ndim == 2 else combine_rewards(rewards.unbind(2), weights, standardise=False)
+    if rewards.ndim == 2: return rewards
+    return combine_rewards(rewards.unbind(2), weights, standardise=False)
 
 # %% ../nbs/training.ipynb #4f139bdf
 class Penalty:
     "What keeps a policy near its reference. One that is new to the loop has these members."
     weight: float
 
-    def at_trained(self, watched: Watched, reference: Velocity, weights: Tensor | float) -> Tensor | float:
-        "What a micro-batch of trained states adds to the loss, summed over them; the policy was asked already."
+    def at_trained(self, policy: Watched, reference: Velocity,
+                   weights: Tensor | float) -> Tensor | float:
+        "What a micro-batch of trained states, just seen by the policy, adds to the loss: a sum."
         return 0.0
 
-    def choose(self, algorithm: Algorithm, rollout: Rollout, trained: States, generator: Generators) -> States:
+    def choose(self, algorithm: Algorithm, rollout: Rollout, trained: States,
+               generator: Generators) -> States:
         "Further states, where the policy is asked for this penalty alone."
         return States(*torch.zeros(3, 0, dtype=torch.long))
 
@@ -215,18 +225,18 @@ def squared_distance(
     inputs: tuple,  # where `v` was taken
     weights: Tensor | float = 1.0,  # (M,) of the states
 ) -> Tensor:  # a scalar
-    "Mean squared distance of two velocities, summed over the states; no gradient through the second one."
+    "Mean squared distance of two velocities, summed over states; the second has no gradient."
     with torch.no_grad(): other = velocity(*inputs)
     return (weights * (v - other).square().flatten(1).mean(1)).sum()
 
 
 @dataclass(frozen=True)
 class VelocityPenalty(Penalty):
-    "Keeps the policy near the reference at the states that are trained; one more evaluation for each."
+    "Keeps the policy near the reference at the trained states; one more evaluation for each."
     weight: float
 
-    def at_trained(self, watched: Watched, reference: Velocity, weights: Tensor | float) -> Tensor:
-        return self.weight * squared_distance(watched.v, reference, watched.inputs, weights)
+    def at_trained(self, policy: Watched, reference: Velocity, weights: Tensor | float) -> Tensor:
+        return self.weight * squared_distance(policy.v, reference, policy.inputs, weights)
 
     def evaluations(self, algorithm: Algorithm) -> tuple[float, float]:
         return 0.0, algorithm.nfe_theta
@@ -234,10 +244,11 @@ class VelocityPenalty(Penalty):
 
 @dataclass(frozen=True)
 class HoldPenalty(Penalty):
-    "Keeps the policy at the reference at steps that are not trained; one more state for each trained candidate."
+    "Holds the policy at steps that are not trained; one more state for each trained candidate."
     weight: float
 
-    def choose(self, algorithm: StepAlgorithm, rollout: Rollout, trained: States, generator: Generators) -> States:
+    def choose(self, algorithm: StepAlgorithm, rollout: Rollout, trained: States,
+               generator: Generators) -> States:
         groups, steps = rollout.x.shape[1], torch.tensor(algorithm.untrained)
         members = trained.member.cpu().view(groups, -1, algorithm.trained_steps)[..., 0]
         held = steps[sample_subsets(groups, len(steps), 1, generator)]
@@ -257,14 +268,15 @@ def evaluations(
 ) -> tuple[float, float]:  # per sample
     "Evaluations of one update: with gradient, and without, which are those of the reference."
     more = [penalty.evaluations(algorithm) for penalty in penalties]
-    return algorithm.nfe_theta + sum(trained for trained, _ in more), sum(asked for _, asked in more)
+    trained, asked = (sum(values) for values in zip(*more)) if more else (0, 0)
+    return algorithm.nfe_theta + trained, asked
 
 
 def forward_equivalents(
     algorithm: Algorithm,
     penalties: Sequence[Penalty] = (),
 ) -> float:  # per sample
-    "Cost of a rollout and one update in evaluations without gradient; one with gradient counts three."
+    "Cost of a rollout and one update; an evaluation with gradient counts as three without."
     trained, asked = evaluations(algorithm, penalties)
     return algorithm.nfe_old + 3 * trained + asked
 
@@ -284,29 +296,32 @@ def check_run(
     s, parts = settings, algorithm.together
     allowed = f"an integer >= 0, a multiple of {parts}, the states that are judged together"
     require(s.micro_batch % parts == 0, "micro_batch", s.micro_batch, allowed)
-    holds = s.hold_weight == 0 or len(algorithm.untrained) > 0
-    require(holds, "hold_weight", s.hold_weight, "0 unless only the first or last steps are trained")
+    can_hold, allowed = len(algorithm.untrained) > 0, "0 unless only the first or last steps are trained"
+    require(can_hold or s.hold_weight == 0, "hold_weight", s.hold_weight, allowed)
     trained = any(p.requires_grad for p in task.policy.parameters())
-    require(trained, "task.policy", type(task.policy).__name__, "a module whose weights require a gradient")
+    allowed = "a module whose weights require a gradient"
+    require(trained, "task.policy", type(task.policy).__name__, allowed)
     fresh = s.updates == 1 and s.collector == "policy"
     require(fresh or not task.split_guidance, "train_guidance_scale", "its own",
-            "that of the rollout unless updates is 1 and collector is 'policy': stored velocities are compared")
+            "that of the rollout unless updates is 1 and collector is 'policy': "
+            "stored velocities are compared")
 
 # %% ../nbs/training.ipynb #49ef38ad
 class Run:
-    "What a training remembers, in memory and in one process. `runs.trainer.Trainer` adds folder, kills and processes."
+    "What a training remembers, in memory, in one process. `Trainer` adds a folder and processes."
     rank: int = 0
     "Number of this process."
 
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings()):
         self.task = task if isinstance(task, Task) else Plain(task)
-        self.algorithm, self.settings, self.policy = algorithm.fitted(self.task.shift), settings, task.policy
-        self.penalties = penalties_of(settings)
+        self.settings, self.policy, self.penalties = settings, task.policy, penalties_of(settings)
+        self.algorithm = algorithm.fitted(self.task.shift)
         check_run(self.task, algorithm, settings)
         self.groups = list(range(settings.groups))  # those of this process
         self.average = self.reference = None
         if settings.ema > 0:
-            self.average = AveragedModel(self.policy, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+            average = get_ema_multi_avg_fn(settings.ema)
+            self.average = AveragedModel(self.policy, multi_avg_fn=average)
             self.average.n_averaged += 1  # counts the first weights as the average's start
         self.iteration, self.moved, self.rows, self.evals, self.memory = 0, False, [], [], {}
         self.prepare()
@@ -320,7 +335,8 @@ class Run:
         "AdamW over the weights that are trained."
         s, self.trained = self.settings, [p for p in self.policy.parameters() if p.requires_grad]
         fused = self.trained[0].device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(self.trained, s.lr, weight_decay=s.weight_decay, fused=fused)
+        more = dict(weight_decay=s.weight_decay, fused=fused)
+        self.optimizer = torch.optim.AdamW(self.trained, s.lr, **more)
 
     @property
     def velocity(self) -> nn.Module:
@@ -338,11 +354,13 @@ class Run:
 
     def credit(self, rewards: Tensor) -> Tensor:  # (P, G) of these groups
         "The advantages of this process's groups, standardized with those of all processes."
-        everyone = self.algorithm.advantages(torch.cat(self.gather(rewards)), self.task.reward_weights)
-        mine, s = everyone[self.rank * len(rewards):][:len(rewards)], self.settings
+        everyone, s = torch.cat(self.gather(rewards)), self.settings
+        advantages = self.algorithm.advantages(everyone, self.task.reward_weights)
+        mine = advantages[self.rank * len(rewards):][:len(rewards)]
         if not s.shuffle: return mine
         keys = [seeded(s.seed, SHUFFLE_KEY, self.iteration, group) for group in self.groups]
-        return mine.gather(1, torch.stack([torch.randperm(mine.shape[1], generator=key) for key in keys]))
+        orders = [torch.randperm(mine.shape[1], generator=key) for key in keys]
+        return mine.gather(1, torch.stack(orders))
 
     def descend(self) -> float:
         "One step of the optimizer; returns the norm of the gradient."
@@ -362,7 +380,8 @@ class Run:
 
     def evaluate(self) -> dict:
         "Held-out figures of the current weights."
-        with torch.no_grad(): row = dict(iteration=self.iteration, **self.task.evaluate(self.velocity))
+        with torch.no_grad(): figures = self.task.evaluate(self.velocity)
+        row = dict(iteration=self.iteration, **figures)
         self.record("eval.jsonl", self.evals, row)
         return row
 
@@ -394,7 +413,7 @@ def retrace(
     "The rollout with its velocities at trained states computed again, in training's batches."
     v = rollout.v.clone()
     for states in trained.split(micro_batch):
-        again = velocity(*states.inputs(rollout)).detach()  # where a gradient is taken, kernels differ
+        again = velocity(*states.inputs(rollout)).detach()  # with a gradient: kernels differ
         if rollout.replayed is not None:
             old = per_state(states.of_candidates(rollout.replayed), again)
             again = torch.where(old, states.select(v), again)
@@ -447,13 +466,15 @@ def learn(
     stats: SurrogateStats,
 ) -> float:
     "One update of the weights; returns the norm of its gradient."
-    algorithm, old, size, reference = run.algorithm, update.rollout, run.settings.micro_batch, run.reference
+    algorithm, reference = run.algorithm, run.reference
+    old, size = update.rollout, run.settings.micro_batch
     run.optimizer.zero_grad()
     for states in update.trained.split(size):
         policy = Watched(run.policy)
         loss = algorithm.loss(policy, old, states, advantages, update.on_policy, stats.surrogate)
         for penalty in run.penalties:
-            loss = loss + penalty.at_trained(policy, reference, algorithm.distance_weights(old, states))
+            weights = algorithm.distance_weights(old, states)
+            loss = loss + penalty.at_trained(policy, reference, weights)
         backward(loss / len(update.trained))
     for penalty, chosen in zip(run.penalties, update.others):
         for states in chosen.split(size):
@@ -513,9 +534,11 @@ def train(
     "Align a task's policy with an algorithm, to the last iteration."
     run = run or Run(task, algorithm, settings)
     s, start = run.settings, run.iteration
-    with tqdm(total=s.iterations, initial=start, desc="training", disable=not progress or run.rank > 0) as bar:
+    silent = not progress or run.rank > 0
+    with tqdm(total=s.iterations, initial=start, desc="training", disable=silent) as bar:
         while True:
-            if run.due(s.eval_every) and run.iteration not in [row["iteration"] for row in run.evals]: run.evaluate()
+            evaluated = run.iteration in [row["iteration"] for row in run.evals]
+            if run.due(s.eval_every) and not evaluated: run.evaluate()
             run.rest()
             if callback and run.iteration > start: callback(run)
             if run.iteration >= s.iterations: return run

@@ -24,6 +24,7 @@ from unittest.mock import patch
 
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import matplotlib.pyplot  # noqa: F401  looks at savefig, which is patched below
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
