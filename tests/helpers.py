@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from neighbor_grpo.flow import randn, seeded, time_grid
+from neighbor_grpo.rollouts import Watched
 from neighbor_grpo.runs.folder import Checkpoints, read_rows
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Task
@@ -92,6 +93,16 @@ def gradients(module):
     return torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in module.parameters()]
     ).clone()
+
+
+def penalized_loss(algorithm, velocity, rollout, advantages, penalties, generator=None, on_policy=False, micro_batch=0):
+    "The loss of one update with penalties at the trained states, a pair of penalty and reference each, as the loop has it."
+    chosen, total = algorithm.choose(rollout, generator), 0
+    for states in chosen.split(micro_batch):
+        watched, distance = Watched(velocity), algorithm.distance_weights(rollout, states)
+        loss = algorithm.loss(watched, rollout, states, advantages, on_policy)
+        total = total + loss + sum(penalty.at_trained(watched, reference, distance) for penalty, reference in penalties)
+    return total / len(chosen)
 
 
 def weights(module):

@@ -1,22 +1,23 @@
 """Forward-process algorithms: times and noises, losses against plain loops and closed forms, and what they learn."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
-from helpers import Counted, PointwiseVelocity, SmallNet, gradients
+from helpers import Counted, PointwiseVelocity, SmallNet, gradients, penalized_loss
 from hypothesis import given
 from hypothesis import strategies as st
 
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
 from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.catalogue import modified
 from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, ForwardProcess, forward_times
 from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import METHODS, solve
 from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
-from neighbor_grpo.training import TrainSettings
+from neighbor_grpo.training import TrainSettings, VelocityPenalty, evaluations
 
 SHAPE = (3, 2, 2)
 NFT = DiffusionNFT(group_size=6, steps=4, trained_steps=3)
@@ -51,6 +52,11 @@ def moved(network, amount=0.05):
         for i, p in enumerate(other.parameters()):
             p.add_(amount * randn(p.shape, seeded(9, i), dtype=p.dtype))
     return other
+
+
+def answering(v):
+    "A velocity that gives this answer, whatever it is asked."
+    return lambda x, t, cond=None: v
 
 
 @pytest.fixture
@@ -97,7 +103,7 @@ def test_states_are_noised_samples(group_noise):
     algorithm = replace(ELBO, group_noise=group_noise)
     rollout, _ = collect(algorithm, PointwiseVelocity().double())
     assert rollout.ts.shape == (4, 3) and rollout.x.shape == (4, 3, 6, *SHAPE) and rollout.v.shape == (3, 3, 6, *SHAPE)
-    assert (rollout.ts[-1] == 0).all() and rollout.noisy is None and rollout.fresh
+    assert (rollout.ts[-1] == 0).all() and rollout.noisy is None and rollout.replayed is None
     t = rollout.ts[:-1].reshape(3, 3, 1, 1, 1, 1)
     noise = (rollout.x[:-1] - (1 - t) * rollout.samples) / t
     shared = (noise - noise[:, :, :1]).abs().max()
@@ -112,7 +118,7 @@ def test_samples_are_the_solvers():
     for method in METHODS:
         rollout, _ = collect(replace(NFT, method=method), velocity)
         plain = NeighborGRPO(group_size=6, steps=4, sigma=1.0, anchors=1, trained_steps=1)
-        start = plain.initial_noise(randn((3, *SHAPE), seeded(1), dtype=torch.float64), streams(3, 0), 6)
+        start = plain.starts(randn((3, *SHAPE), seeded(1), dtype=torch.float64), 6, streams(3, 0))
         expected = solve(velocity, start.flatten(0, 1), time_grid(4), None, method).x[-1].unflatten(0, (3, 6))
         assert torch.equal(rollout.samples, expected)
 
@@ -141,7 +147,7 @@ def test_a_group_does_not_depend_on_the_others(algorithm):
 @both
 def test_every_sample_is_trained_at_every_time(algorithm):
     rollout, _ = collect(algorithm, PointwiseVelocity().double())
-    states = algorithm.trained_states(rollout, None)
+    states = algorithm.choose(rollout)
     found = set(zip(states.step.tolist(), states.prompt.tolist(), states.member.tolist(), strict=True))
     assert len(states) == 3 * 3 * 6 and found == {(k, p, i) for k in range(3) for p in range(3) for i in range(6)}
 
@@ -185,9 +191,9 @@ def test_nft_is_the_plain_loop(network, beta, on_policy):
     torch.testing.assert_close(sum(algorithm.losses(policy, rollout, advantages, on_policy=on_policy)), value)
 
 
-@pytest.mark.parametrize("chunk", [0, 1])
-def test_vgrpo_is_the_plain_loop(network, chunk):
-    algorithm = replace(ELBO, chunk=chunk, clip_range=0.02)
+@pytest.mark.parametrize("one_ratio", [True, False])
+def test_vgrpo_is_the_plain_loop(network, one_ratio):
+    algorithm = replace(ELBO, one_ratio=one_ratio, clip_range=0.02)
     rollout, advantages = collect(algorithm, network)
     policy = moved(network)
     ours = loss_gradient(algorithm, policy, rollout, advantages)
@@ -199,11 +205,11 @@ def test_vgrpo_is_the_plain_loop(network, chunk):
                 x, t = rollout.x[k, p, i], rollout.ts[k, p]
                 old = plain_regression(x, x0, t, rollout.v[k, p, i])
                 gaps.append(old - plain_regression(x, x0, t, policy(x[None], t[None])[0]))
-            for gap in [sum(gaps) / 3] if chunk == 0 else gaps:
+            for gap in [sum(gaps) / 3] if one_ratio else gaps:
                 rho, a = gap.exp(), advantages[p, i]
                 bounded = torch.minimum(a * rho, a * rho.clamp(0.98, 1.02))
                 clipped += (rho - 1).abs().item() > 0.02
-                total -= bounded / (18 if chunk == 0 else 54)
+                total -= bounded / (18 if one_ratio else 54)
     assert clipped > 0
     policy.zero_grad()
     total.backward()
@@ -238,23 +244,23 @@ def test_bad_samples_repel_only_up_to_a_distance():
     )
     for b in (0.5, 1.0, 2.0):
         algorithm = replace(NFT, trained_steps=1, group_size=2, beta=b)
-        states = algorithm.trained_states(rollout, None)
+        states = algorithm.choose(rollout)
         for s, sign in ((-0.9 / b, -1), (-1.1 / b, 1), (0.5 / b, -1)):  # away, back, away
             at = torch.tensor(s, dtype=torch.float64, requires_grad=True)
             v = (old + at * (eps - x0 - old)).expand(2, 4)
-            gain = algorithm.gain(rollout, states, v, torch.full((1, 2), -3.0), False, None)
-            assert torch.autograd.grad(gain, at)[0].sign() == sign
+            loss = algorithm.loss(answering(v), rollout, states, torch.full((1, 2), -3.0))
+            assert torch.autograd.grad(-loss, at)[0].sign() == sign
 
 
 @pytest.mark.parametrize("on_policy", [True, False])
 def test_ratio_on_policy_is_exactly_one(on_policy):
     velocity, stats = PointwiseVelocity(), SurrogateStats()
     rollout, advantages = collect(ELBO, velocity, dtype=torch.float32)
-    for _ in ELBO.losses(velocity, rollout, advantages, on_policy=on_policy, stats=stats):
+    for _ in ELBO.losses(velocity, rollout, advantages, on_policy=on_policy, surrogate=stats.surrogate):
         pass
     assert stats.summary()["ratio_min"] == stats.summary()["ratio_max"] == 1
     velocity.scales.data += 0.05
-    for _ in ELBO.losses(velocity, rollout, advantages, stats=stats):
+    for _ in ELBO.losses(velocity, rollout, advantages, surrogate=stats.surrogate):
         pass
     assert stats.summary()["ratio_max"] > 1.001
 
@@ -273,40 +279,44 @@ def test_a_sample_that_is_hit_exactly_gives_no_nan():
     rollout, _ = collect(replace(NFT, trained_steps=1, group_size=2), PointwiseVelocity().double(), 1)
     hit = replace(rollout, ts=torch.tensor([[0.5], [0.0]]), x=torch.cat([x0, x0]), v=x0)
     v = torch.zeros(2, 3, requires_grad=True)
-    for algorithm in (replace(NFT, trained_steps=1), replace(ELBO, trained_steps=1)):
-        states = algorithm.trained_states(hit, None)
-        gain = algorithm.gain(hit, states, v, torch.ones(1, 2), False, None)
-        assert gain.isfinite() and torch.autograd.grad(gain, v)[0].isfinite().all()
+    for algorithm in (replace(NFT, trained_steps=1, group_size=2), replace(ELBO, trained_steps=1, group_size=2)):
+        states = algorithm.choose(hit)
+        loss = algorithm.loss(answering(v), hit, states, torch.ones(1, 2))
+        assert loss.isfinite() and torch.autograd.grad(loss, v)[0].isfinite().all()
 
 
 def test_mixtures_are_made_in_full_precision():
     coarse, fine = SmallNet(dtype=torch.bfloat16), replace(NFT, beta=0.01)
     rollout, advantages = collect(fine, coarse, dtype=torch.float32)
     assert rollout.v.dtype == torch.bfloat16 and rollout.x.dtype == torch.float32
-    states = fine.trained_states(rollout, None)
-    v = states.of(rollout.v) + 0.1 * randn((len(states), *SHAPE), seeded(5)).bfloat16()
-    exact = fine.gain(replace(rollout, v=rollout.v.float()), states, v.float(), advantages, False, None)
-    assert torch.equal(fine.gain(rollout, states, v, advantages, False, None), exact)
+    states = fine.choose(rollout)
+    v = states.select(rollout.v) + 0.1 * randn((len(states), *SHAPE), seeded(5)).bfloat16()
+    exact = fine.loss(answering(v.float()), replace(rollout, v=rollout.v.float()), states, advantages)
+    assert torch.equal(fine.loss(answering(v), rollout, states, advantages), exact)
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.2])
 @both
 def test_micro_batches_change_nothing(network, algorithm, kl_weight):
-    algorithm = replace(algorithm, kl_weight=kl_weight)
     rollout, advantages = collect(algorithm, network)
-    policy, reference = moved(network), moved(network, 0.1)
-    whole = loss_gradient(algorithm, policy, rollout, advantages, reference=reference)
-    for size in (3, 9, 51):
-        parts = loss_gradient(replace(algorithm, micro_batch=size), policy, rollout, advantages, reference=reference)
-        torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
+    policy, penalties = moved(network), [(VelocityPenalty(kl_weight), moved(network, 0.1))]
+    found = []
+    for size in (0, 3, 9, 51):
+        policy.zero_grad()
+        penalized_loss(algorithm, policy, rollout, advantages, penalties, micro_batch=size).backward()
+        found.append(gradients(policy))
+        torch.testing.assert_close(found[-1], found[0], rtol=1e-9, atol=1e-12)
+    if kl_weight == 0:
+        for size in (3, 9, 51):
+            parts = loss_gradient(algorithm, policy, rollout, advantages, micro_batch=size)
+            torch.testing.assert_close(parts, found[0], rtol=1e-9, atol=1e-12)
 
 
 @both
 def test_penalty_is_the_velocity_difference(network, algorithm):
     rollout, advantages = collect(algorithm, network)
     reference = moved(network)
-    weighted = replace(algorithm, kl_weight=0.3)
-    loss = sum(weighted.losses(network, rollout, 0 * advantages, reference=reference))
+    loss = penalized_loss(algorithm, network, rollout, 0 * advantages, [(VelocityPenalty(0.3), reference)])
     bare = sum(algorithm.losses(network, rollout, 0 * advantages))
     x, t = rollout.x[:-1].flatten(0, 2), rollout.ts[:-1, :, None].expand(-1, -1, 6).flatten()
     expected = 0.3 * (network(x, t) - reference(x, t)).square().mean()
@@ -334,15 +344,19 @@ def test_advantages_are_clipped_hard_and_softly():
 @both
 @pytest.mark.parametrize("settings", [{}, {"method": "heun"}, {"trained_steps": 9, "scouts": 12}, {"kl_weight": 0.1}])
 def test_evaluations_are_those_reported(algorithm, settings):
-    algorithm = replace(algorithm, **settings)
+    own = {name: value for name, value in settings.items() if name in ("method", "trained_steps")}
+    algorithm = replace(algorithm, **own)
+    if "scouts" in settings:
+        algorithm = modified(algorithm, "previews", scouts=settings["scouts"])
     velocity, reference = Counted(PointwiseVelocity().double()), Counted(PointwiseVelocity().double())
     noise = randn((3, *SHAPE), seeded(1), dtype=torch.float64)
     rollout = algorithm.rollout(velocity, noise, None, streams(3), reward=lambda x: x.flatten(2).mean(2))
     assert (velocity.plain, velocity.gradient) == (18 * algorithm.nfe_old, 0) and rollout.nfe == algorithm.nfe_old
-    for _ in algorithm.losses(velocity, rollout, torch.zeros(3, 6), reference=reference):
-        pass
+    penalties = [(VelocityPenalty(w), reference) for w in [settings.get("kl_weight", 0)] if w]
+    penalized_loss(algorithm, velocity, rollout, torch.zeros(3, 6), penalties)
     assert velocity.gradient == 18 * algorithm.nfe_theta == 18 * algorithm.trained_steps
-    assert reference.plain == (velocity.gradient if algorithm.kl_weight else 0)
+    assert reference.plain == 18 * evaluations(algorithm, [p for p, _ in penalties])[1]
+    assert reference.plain == (velocity.gradient if penalties else 0)
 
 
 def test_default_costs_are_the_papers():
@@ -351,29 +365,24 @@ def test_default_costs_are_the_papers():
 
 
 def test_defaults_are_the_papers():
-    assert VGRPO().chunk == 0 and VGRPO().group_noise and VGRPO().soft_clip == 3
+    assert VGRPO().one_ratio and VGRPO().group_noise and VGRPO().soft_clip == 3
     assert not DiffusionNFT().group_noise and DiffusionNFT().beta == 1 and DiffusionNFT().advantage_clip == 5
 
 
 def test_more_times_than_solver_steps():
     algorithm = replace(ELBO, steps=1, trained_steps=7)
     rollout, _ = collect(algorithm, PointwiseVelocity().double())
-    assert rollout.v.shape[0] == 7 and len(algorithm.trained_states(rollout, None)) == 7 * 18
+    assert rollout.v.shape[0] == 7 and len(algorithm.choose(rollout)) == 7 * 18
 
 
 REFUSED = [
-    (DiffusionNFT, {"guard": True}, "guard", "False"),
-    (VGRPO, {"guard": True}, "guard", "False"),
-    (DiffusionNFT, {"time_weight": "noise"}, "time_weight", "'none'"),
-    (VGRPO, {"time_weight": "equal"}, "time_weight", "'none'"),
-    (VGRPO, {"train_where": "last"}, "train_where", "'random'"),
-    (DiffusionNFT, {"chunk": 0}, "chunk", "no ratio"),
     (DiffusionNFT, {"beta": 0.0}, "beta", "> 0"),
     (DiffusionNFT, {"advantage_clip": -1.0}, "advantage_clip", "> 0"),
     (VGRPO, {"soft_clip": 0.0}, "soft_clip", "> 0"),
     (VGRPO, {"trained_steps": 1001}, "trained_steps", "[1, 1000]"),
     (VGRPO, {"method": "rk4"}, "method", "heun"),
     (VGRPO, {"group_noise": 1}, "group_noise", "True or False"),
+    (VGRPO, {"one_ratio": 0}, "one_ratio", "True or False"),
 ]
 
 
@@ -383,6 +392,29 @@ def test_wrong_settings_are_refused_by_name(case):
     with pytest.raises(ValueError) as error:
         cls(**settings)
     assert str(error.value).startswith(name) and allowed in str(error.value)
+
+
+@both
+@pytest.mark.parametrize(
+    ("modifier", "settings", "refuser"),
+    [
+        ("guard", {}, "GuardedRatios"),
+        ("chunks", {"chunk": 0}, "ChunkedRatios"),
+        ("weights", {"time_weight": "noise"}, "TimeWeights"),
+        ("weights", {"time_weight": "equal"}, "TimeWeights"),
+    ],
+)
+def test_what_asks_for_steps_of_the_solver_is_refused(algorithm, modifier, settings, refuser):
+    with pytest.raises(ValueError) as error:
+        modified(algorithm, modifier, **settings)
+    assert str(error.value).startswith(refuser) and type(algorithm).__name__ in str(error.value)
+    assert "ratios of its solver's steps" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["train_where", "guard", "chunk", "time_weight", "scouts"])
+@both
+def test_settings_without_a_meaning_are_not_there(algorithm, name):
+    assert name not in {field.name for field in fields(algorithm)}
 
 
 def test_wrong_times_are_refused():

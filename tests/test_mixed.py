@@ -6,20 +6,32 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import Counted, GaussianFlow, PointwiseVelocity, SmallNet, TinyTask, gradients, reverse_sde, weights
+from helpers import (
+    Counted,
+    GaussianFlow,
+    PointwiseVelocity,
+    SmallNet,
+    TinyTask,
+    gradients,
+    penalized_loss,
+    reverse_sde,
+    weights,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal
 
+from neighbor_grpo import training
 from neighbor_grpo.flow import denoised, implied_noise, randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats
 from neighbor_grpo.rivals.gaussian import SDEGRPO
-from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO, chain
+from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO, chain, noisy_steps
+from neighbor_grpo.rivals.modifiers import ChunkedRatios, GuardedRatios, TimeWeights, base
 from neighbor_grpo.rollouts import States
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.sde import cps
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.training import TrainSettings
+from neighbor_grpo.training import Run, TrainSettings, VelocityPenalty
 
 SHAPE = (3, 2, 2)
 MIX = MixGRPO(group_size=4, steps=9, trained_steps=3, window_every=1, shift=3.0)
@@ -31,11 +43,11 @@ SMALL = {
     "separate": replace(MIX, shared_noise=False),
     "flash": FLASH,
     "star": MixGRPOFlashStar(group_size=4, steps=9, trained_steps=3),
-    "one step": replace(MIX, trained_steps=1, window_moves="random", time_weight="equal"),
+    "one step": TimeWeights(replace(MIX, trained_steps=1, window_moves="random"), "equal"),
     "mix cps": replace(MIX, sampler="cps"),
     "tempflow": TEMP,
     "tempflow dance": replace(TEMP, sampler="dance"),
-    "tempflow cps": replace(TEMP, sampler="cps", guard=True),
+    "tempflow cps": GuardedRatios(replace(TEMP, sampler="cps")),
 }
 every_algorithm = pytest.mark.parametrize("algorithm", SMALL.values(), ids=SMALL)
 
@@ -109,25 +121,24 @@ def test_windows_are_the_same_for_any_number_of_groups(moves):
             noise = randn((groups, 2), seeded(groups))
             rollout = algorithm.rollout(velocity, noise, None, streams(groups, iteration), iteration)
             assert torch.equal(rollout.noisy, expected[:, None].expand(9, groups))
-            assert torch.equal(algorithm.choose_steps(rollout, None), expected.nonzero().T.expand(groups, 3))
+            assert torch.equal(noisy_steps(rollout), expected.nonzero().T.expand(groups, 3))
 
 
 @pytest.mark.parametrize("name", ["random", "tempflow"])
-def test_groups_are_the_same_in_any_process(name):
-    settings = TrainSettings(iterations=3, groups=4)
-    whole, parts = Trainer(TinyTask(), SMALL[name], settings), []
-    for groups in (range(2), range(2, 4)):
-        part = Trainer(TinyTask(), SMALL[name], settings)
-        part.groups = groups
-        parts.append(part)
+def test_groups_are_the_same_in_any_process(name, monkeypatch):
+    seen, choose = [], training.choose
+    monkeypatch.setattr(training, "choose", lambda run, rollout, own: seen.append(rollout) or choose(run, rollout, own))
     for iteration in range(3):
-        for trainer in (whole, *parts):
-            trainer.iteration = iteration
-            trainer.policy.eval()
-        together, *apart = (trainer.collect()[0] for trainer in (whole, *parts))
+        for groups in (range(4), range(2), range(2, 4)):
+            run = Run(TinyTask(), SMALL[name], TrainSettings(iterations=3, groups=4))
+            run.groups, run.iteration = list(groups), iteration
+            run.policy.eval()
+            run.step()
+        together, *apart = seen[-3:]
         assert torch.equal(torch.cat([r.noisy for r in apart], 1), together.noisy)
         torch.testing.assert_close(torch.cat([r.x for r in apart], 1), together.x)
         assert sum(r.nfe for r in apart) / 2 == pytest.approx(together.nfe)
+    assert len(seen) == 9
 
 
 @given(st.integers(2, 40), st.data())
@@ -162,12 +173,13 @@ def test_empty_window_is_the_ode(iteration, shared):
     assert torch.equal(rollout.x.flatten(1, 2), path.x) and torch.equal(rollout.v.flatten(1, 2), path.v)
     assert torch.equal(rollout.ts, path.ts) and rollout.nfe == algorithm.nfe_old == 9 and not rollout.noisy.any()
     assert list(algorithm.losses(velocity, rollout, advantages)) == [] and algorithm.nfe_theta == 0
-    assert algorithm.choose_steps(rollout, None).shape == (3, 0)
+    assert noisy_steps(rollout).shape == (3, 0)
 
 
 def test_empty_window_trains_nothing_and_the_loop_survives(tmp_path):
-    task, algorithm = TinyTask(), replace(MIX, trained_steps=0, kl_weight=0.1, chunk=0)
-    settings, before = TrainSettings(iterations=2, groups=2, updates=2, ema=0.5), weights(task.policy)
+    task, algorithm = TinyTask(), ChunkedRatios(replace(MIX, trained_steps=0), chunk=0)
+    settings = TrainSettings(iterations=2, groups=2, updates=2, ema=0.5, kl_weight=0.1)
+    before = weights(task.policy)
     trainer = Trainer(task, algorithm, settings, tmp_path).run(progress=False)
     assert torch.equal(weights(task.policy), before)
     assert all(row["nfe_theta"] == 0 and row["grad_norm"] == 0 and row["ratio_max"] is None for row in trainer.rows)
@@ -215,8 +227,8 @@ def test_noisy_steps_equal_an_independent_derivation(name):
     for iteration in range(6):
         rollout, _ = collect(algorithm, velocity, groups=4, iteration=iteration)
         ts = rollout.ts.tolist()
-        states = algorithm.trained_states(rollout, streams(4, 1))
-        x, t = states.of(rollout.x), states.times(rollout.ts)[0]
+        states = algorithm.choose(rollout, streams(4, 1))
+        x, t = states.select(rollout.x), states.times(rollout.ts)[0]
         v = moved(x, t)
         log_prob, (mean, std) = algorithm.log_prob(rollout, states, v), algorithm.gaussian(rollout, states, v)
         for i, (k, g, m) in enumerate(zip(*(n.tolist() for n in (states.step, states.prompt, states.member)))):
@@ -280,18 +292,20 @@ def test_a_group_computed_alone_is_the_same(algorithm):
 @every_algorithm
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
 def test_evaluations_are_those_reported(algorithm, kl_weight):
-    algorithm = replace(algorithm, kl_weight=kl_weight)
-    samples = 3 * algorithm.group_size
+    penalty, own, samples = VelocityPenalty(kl_weight), base(algorithm), 3 * algorithm.group_size
     for iteration in range(7):
         velocity, reference = Counted(PointwiseVelocity()), Counted(PointwiseVelocity())
         rollout, advantages = collect(algorithm, velocity, iteration=iteration)
         assert velocity.plain == round(samples * rollout.nfe) and velocity.gradient == 0
-        if isinstance(algorithm, MixGRPO):
-            assert rollout.nfe == len(algorithm.thinned(iteration)) - 1 == len(rollout.v)
+        if isinstance(own, MixGRPO):
+            assert rollout.nfe == len(own.thinned(iteration)) - 1 == len(rollout.v)
             assert iteration > 0 or rollout.nfe == algorithm.nfe_old
-        total_loss(algorithm, velocity, rollout, advantages, reference=reference)
-        assert velocity.gradient == pytest.approx(samples * algorithm.nfe_theta)
-        assert (reference.plain, reference.gradient) == (velocity.gradient if kl_weight else 0, 0)
+        penalties = [(penalty, reference)] if kl_weight else []
+        penalized_loss(algorithm, velocity, rollout, advantages, penalties, streams(3, 1))
+        trained, asked = training.evaluations(algorithm, [p for p, _ in penalties])
+        assert velocity.gradient == pytest.approx(samples * trained) and trained == algorithm.nfe_theta
+        assert (reference.plain, reference.gradient) == (round(samples * asked), 0)
+        assert asked == (trained if kl_weight else 0)
 
 
 @every_algorithm
@@ -301,26 +315,29 @@ def test_ratio_is_one_on_policy_in_every_window(algorithm):
         rollout, advantages = collect(algorithm, velocity, iteration=iteration, dtype=torch.float32)
         for on_policy in (True, False):
             stats = SurrogateStats()
-            total_loss(algorithm, velocity, rollout, advantages, on_policy=on_policy, stats=stats)
+            total_loss(algorithm, velocity, rollout, advantages, on_policy=on_policy, surrogate=stats.surrogate)
             summary = stats.summary()
             assert summary["ratio_min"] == summary["ratio_max"] == 1 and summary["clip_fraction"] == 0
     velocity.scales.data += 0.05
     stats = SurrogateStats()
-    total_loss(algorithm, velocity, rollout, advantages, stats=stats)
+    total_loss(algorithm, velocity, rollout, advantages, surrogate=stats.surrogate)
     assert stats.summary()["ratio_min"] < 1 - 1e-5 and stats.summary()["ratio_max"] > 1 + 1e-5
 
 
 @every_algorithm
 def test_micro_batches_change_nothing_but_the_batch(algorithm):
     network, move = moved_network()
-    algorithm = replace(algorithm, kl_weight=0.1)
     rollout, advantages = collect(algorithm, network)
     move()
-    split = replace(algorithm, micro_batch=2)
-    reference = SmallNet()
-    whole = loss_gradient(algorithm, network, rollout, advantages, reference=reference)
-    parts = loss_gradient(split, network, rollout, advantages, reference=reference)
-    assert whole.abs().max() > 1e-6 and (whole - parts).abs().max() < 1e-12
+    found, penalties = [], [(VelocityPenalty(0.1), SmallNet())]
+    for size in (0, 2):
+        network.zero_grad()
+        penalized_loss(algorithm, network, rollout, advantages, penalties, streams(3, 1), micro_batch=size).backward()
+        found.append(gradients(network))
+    assert found[0].abs().max() > 1e-6 and (found[0] - found[1]).abs().max() < 1e-12
+    parts = list(algorithm.losses(network, rollout, advantages, streams(3, 1), micro_batch=2))
+    assert len(parts) == math.ceil(len(algorithm.choose(rollout, streams(3, 1))) / 2) > 1
+    torch.testing.assert_close(sum(parts), total_loss(algorithm, network, rollout, advantages))
 
 
 @every_algorithm
@@ -380,36 +397,50 @@ def test_branches_keep_their_conditions():
             own = {"shift": cond["shift"][g].expand(5)}
             torch.testing.assert_close(rollout.v[k, g], velocity(rollout.x[k, g], rollout.ts[k].expand(5), own))
     stats = SurrogateStats()
-    total_loss(TEMP, velocity, rollout, advantages, stats=stats)
+    total_loss(TEMP, velocity, rollout, advantages, surrogate=stats.surrogate)
     assert abs(stats.summary()["ratio_max"] - 1) < 1e-12
 
 
 class Plain(TempFlowGRPO):
-    "TempFlow-GRPO as it is usually written: every branch evaluated and scored for itself."
+    "TempFlow-GRPO as it is usually written: every branch evaluated and scored for itself; weighed from outside."
 
-    log_prob, weigh = SDEGRPO.log_prob, SDEGRPO.weigh
+    log_prob, loss = SDEGRPO.log_prob, SDEGRPO.loss
 
-    def trained_states(self, rollout, generator):
-        one = super().trained_states(rollout, generator)
+    def choose(self, rollout, generator=None):
+        one = super().choose(rollout, generator)
         members = torch.arange(self.group_size).expand(len(one), -1)
-        return States.cross(one.step[:, None], members, rollout.x.device)
+        return States.product(one.step[:, None], members, rollout.x.device)
+
+
+def pair(guard, time_weight, **settings):
+    "TempFlow-GRPO and its plain form, with the same weights of steps."
+    own = TempFlowGRPO(**settings, weigh_noise=time_weight == "noise")
+    ours, plain = own if own.weigh_noise else TimeWeights(own, time_weight), TimeWeights(Plain(**settings), time_weight)
+    return [GuardedRatios(a) if guard else a for a in (ours, plain)]
 
 
 @pytest.mark.parametrize("clip_range", [1e-4, 0.3])
-@pytest.mark.parametrize("more", [{}, {"guard": True}, {"kl_weight": 0.3}, {"time_weight": "equal", "sampler": "cps"}])
-def test_one_evaluation_gives_the_gradient_of_all_branches(clip_range, more):
-    settings = {"group_size": 5, "steps": 7, "clip_range": clip_range, **more}
+@pytest.mark.parametrize(
+    ("guard", "time_weight", "sampler", "kl_weight"),
+    [
+        (False, "noise", "flow", 0.0),
+        (True, "noise", "flow", 0.0),
+        (False, "noise", "flow", 0.3),
+        (False, "equal", "cps", 0.0),
+    ],
+)
+def test_one_evaluation_gives_the_gradient_of_all_branches(clip_range, guard, time_weight, sampler, kl_weight):
+    pairs = pair(guard, time_weight, group_size=5, steps=7, clip_range=clip_range, sampler=sampler)
     network, move = moved_network()
-    rollout, advantages = collect(TempFlowGRPO(**settings), network)
+    rollout, advantages = collect(pairs[0], network)
     torch.manual_seed(3)
-    reference = SmallNet()
+    penalties = [(VelocityPenalty(kl_weight), SmallNet())] if kl_weight else []
     for on_policy in (True, False):
         counts, results = [], []
-        for cls in (TempFlowGRPO, Plain):
-            counted, algorithm = Counted(network), cls(**settings)
+        for algorithm in pairs:
+            counted = Counted(network)
             network.zero_grad()
-            kwargs = {"on_policy": on_policy, "reference": reference}
-            loss = total_loss(algorithm, counted, rollout, advantages, **kwargs)
+            loss = penalized_loss(algorithm, counted, rollout, advantages, penalties, on_policy=on_policy)
             loss.backward()
             counts.append(counted.gradient)
             results.append(torch.cat([loss.detach()[None], gradients(network)]))
@@ -421,23 +452,43 @@ def test_one_evaluation_gives_the_gradient_of_all_branches(clip_range, more):
 # --- time weights, and samplers ---
 
 
+def weights_of_steps(algorithm):
+    "The weight that the loss gives to each step, asked in all windows."
+    found = {}
+    for iteration in range(7):
+        rollout, advantages = collect(algorithm, PointwiseVelocity(), groups=20, iteration=iteration)
+        states = algorithm.choose(rollout, streams(20, 1))
+
+        def surrogate(log_prob, old, gains, clip_range, weight=1.0, entropy=None, states=states):
+            for k, w in zip(states.step.tolist(), torch.as_tensor(weight).flatten().tolist(), strict=True):
+                assert found.setdefault(k, w) == pytest.approx(w, abs=1e-12)
+            return log_prob.sum()
+
+        algorithm.loss(PointwiseVelocity(), rollout, states, advantages, False, surrogate)
+    return torch.tensor([found[k] for k in sorted(found)], dtype=torch.float64)
+
+
 @pytest.mark.parametrize("algorithm", [*(replace(a, window_moves="roll_back") for a in (MIX, FLASH)), TEMP])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_time_weights_are_those_of_the_papers(algorithm, shift):
-    ts = time_grid(algorithm.steps, shift).double()
+    algorithm, ts = replace(algorithm, shift=shift), time_grid(algorithm.steps, shift).double()
     t, dt = ts[:-2], ts[1:-1] - ts[:-2]
     s = 0.7 * (t / (1 - torch.where(t == 1, ts[1], t))).sqrt()
     pull = (-dt).sqrt() / s + s * (-dt).sqrt() * (1 - t) / (2 * t)  # Flash-GRPO's c(t)
     expected = {"equal": 1 / pull / (1 / pull).mean(), "noise": s * (-dt).sqrt() / (s * (-dt).sqrt()).mean()}
+    branches = isinstance(algorithm, TempFlowGRPO)
+    bare = replace(algorithm, weigh_noise=False) if branches else algorithm
     for name, weight in expected.items():
-        weighted = replace(algorithm, time_weight=name, shift=shift)
-        rollout, _ = collect(weighted, PointwiseVelocity())
-        got = weighted.step_weights(rollout.ts)
-        assert (got - weight).abs().max() < 1e-12
-    k = FLASH.window(0).stop
-    assert len(FLASH.thinned(0)) < len(MIX.thinned(0))
-    both = [replace(a, time_weight="noise").step_weights(a.thinned(0))[:k] for a in (MIX, FLASH)]
-    assert torch.equal(*both)  # a thinner tail leaves the window's weights alone
+        assert (weights_of_steps(TimeWeights(bare, name)) - weight).abs().max() < 1e-12
+    if branches:  # which has the second one of itself
+        assert (weights_of_steps(algorithm) - expected["noise"]).abs().max() < 1e-12
+
+
+def test_a_thinner_tail_leaves_the_weights_of_the_window_alone():
+    grids = [algorithm.thinned(0) for algorithm in (MIX, FLASH)]
+    assert len(grids[1]) < len(grids[0])
+    for ours, theirs in zip(*(a.response(ts) for a, ts in zip((MIX, FLASH), grids, strict=True)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @given(st.floats(0.01, 1), st.floats(0.05, 1), st.floats(0, 0.99))

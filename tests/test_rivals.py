@@ -14,16 +14,18 @@ from torch.distributions import Normal
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
-from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, make
 from neighbor_grpo.rivals.gaussian import FlowGRPO
-from neighbor_grpo.rivals.trajectories import OPGRPO, TMPO, best_of_each
+from neighbor_grpo.rivals.modifiers import base
+from neighbor_grpo.rivals.trajectories import OPGRPO, TMPO, Replay, best_of_each
 from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 
 SHAPE = (3, 2, 2)
-OP = OPGRPO(group_size=6, steps=5, trained_steps=3, replay=2, memory_size=3, memory_age=2)
-MATCH = TMPO(group_size=6, steps=5, trained_steps=3)
+SETTINGS = {"group_size": 6, "steps": 5, "trained_steps": 3}
+OP = make("op", **SETTINGS, replay=2, memory_size=3, memory_age=2)
+MATCH = TMPO(**SETTINGS)
 
 
 def streams(groups, *keys):
@@ -42,7 +44,7 @@ def rewards_of(groups=3, key=0, size=6):
 def remembered(algorithm=OP, prompts=(4, 1, 4), key=0, iteration=0, memory=None):
     "The memory after one iteration."
     rollout = collect(algorithm, PointwiseVelocity(), len(prompts), key)
-    news = algorithm.mix(rollout, rewards_of(len(prompts), key), torch.tensor(prompts), {}, None)[2]
+    news = algorithm.recall(rollout, rewards_of(len(prompts), key), torch.tensor(prompts), {}, None)[2]
     return algorithm.remember(memory or {}, [news], iteration)
 
 
@@ -51,8 +53,8 @@ def remembered(algorithm=OP, prompts=(4, 1, 4), key=0, iteration=0, memory=None)
 
 def test_an_empty_memory_changes_nothing():
     rollout, rewards = collect(OP, PointwiseVelocity()), rewards_of()
-    mixed, mixed_rewards, news = OP.mix(rollout, rewards, torch.tensor([0, 1, 2]), {}, streams(3, 9))
-    assert mixed.fresh and torch.equal(mixed.x, rollout.x) and torch.equal(mixed.v, rollout.v)
+    mixed, mixed_rewards, news = OP.recall(rollout, rewards, torch.tensor([0, 1, 2]), {}, streams(3, 9))
+    assert mixed.replayed is None and torch.equal(mixed.x, rollout.x) and torch.equal(mixed.v, rollout.v)
     assert torch.equal(mixed_rewards, rewards) and len(news["prompt"]) == 9
 
 
@@ -64,9 +66,9 @@ def test_remembered_trajectories_replace_those_nearest_to_the_mean(prompts, repl
         rewards = torch.stack([rewards, rewards], 2)
         memory = memory | {"reward": torch.stack([memory["reward"]] * 2, 1)}
     before = rollout.x.clone()
-    mixed, mixed_rewards, _ = algorithm.mix(rollout, rewards, torch.tensor(prompts), memory, streams(len(prompts), 9))
+    mixed, mixed_rewards, _ = algorithm.recall(rollout, rewards, torch.tensor(prompts), memory, streams(len(prompts), 9))
     assert torch.equal(rollout.x, before)  # what was collected is left alone
-    assert mixed.fresh == (not {1, 4} & set(prompts)) and mixed.nfe == rollout.nfe
+    assert (mixed.replayed is None) == (not {1, 4} & set(prompts)) and mixed.nfe == rollout.nfe
     for g, prompt in enumerate(prompts):
         score = rewards[g] if not several else rewards[g, :, 0]
         known = [i for i in range(len(memory["prompt"])) if memory["prompt"][i] == prompt]
@@ -83,15 +85,17 @@ def test_remembered_trajectories_replace_those_nearest_to_the_mean(prompts, repl
             assert torch.equal(memory["reward"][row], mixed_rewards[g, i])
             used.append(row)
         assert len(set(used)) == count  # none twice
+        if mixed.replayed is not None:
+            assert mixed.replayed[g].nonzero()[:, 0].tolist() == sorted(order[:count])
 
 
 def test_the_draw_is_the_groups_own():
     memory, rollout = remembered(replace(OP, memory_size=12)), collect(OP, PointwiseVelocity(), 3, 1)
     rewards, prompts = rewards_of(3, 1), torch.tensor([4, 4, 1])
-    together = OP.mix(rollout, rewards, prompts, memory, streams(3, 9))[0]
+    together = OP.recall(rollout, rewards, prompts, memory, streams(3, 9))[0]
     for g in range(3):
         part = replace(rollout, x=rollout.x[:, g : g + 1], v=rollout.v[:, g : g + 1])
-        alone = OP.mix(part, rewards[g : g + 1], prompts[g : g + 1], memory, streams(3, 9)[g : g + 1])[0]
+        alone = OP.recall(part, rewards[g : g + 1], prompts[g : g + 1], memory, streams(3, 9)[g : g + 1])[0]
         assert torch.equal(alone.x[:, 0], together.x[:, g])
 
 
@@ -99,13 +103,13 @@ def test_the_ratio_of_a_replayed_trajectory_is_to_the_policy_that_made_it():
     torch.manual_seed(0)
     network = SmallNet()
     first = collect(OP, network)
-    memory = OP.remember({}, [OP.mix(first, rewards_of(), torch.tensor([0, 1, 2]), {}, None)[2]], 0)
+    memory = OP.remember({}, [OP.recall(first, rewards_of(), torch.tensor([0, 1, 2]), {}, None)[2]], 0)
     old = copy.deepcopy(network)
     nn.init.normal_(network.out.bias, std=0.1)
     rollout, rewards = collect(OP, network, key=1), rewards_of(key=1)
-    mixed, rewards, _ = OP.mix(rollout, rewards, torch.tensor([0, 1, 2]), memory, streams(3, 9))
+    mixed, rewards, _ = OP.recall(rollout, rewards, torch.tensor([0, 1, 2]), memory, streams(3, 9))
     stats, advantages = SurrogateStats(), OP.advantages(rewards)
-    loss = sum(OP.losses(network, mixed, advantages, streams(3, 1), on_policy=True, stats=stats))
+    loss = sum(OP.losses(network, mixed, advantages, streams(3, 1), on_policy=False, surrogate=stats.surrogate))
     expected, ratios = [], []
     for g in range(3):
         for i in range(6):
@@ -115,10 +119,10 @@ def test_the_ratio_of_a_replayed_trajectory_is_to_the_policy_that_made_it():
                 x, t, t_next = mixed.x[k, g, i][None], mixed.ts[k][None], mixed.ts[k + 1]
                 log_probs = []
                 for policy in (network, old if replayed else network):
-                    mean, std = OP.step(x, policy(x, t).detach(), t, t_next, mixed.ts[1])
+                    mean, std = base(OP).step(x, policy(x, t).detach(), t, t_next, mixed.ts[1])
                     log_probs.append(Normal(mean, std).log_prob(mixed.x[k + 1, g, i]).mean())
                 log_ratio += (log_probs[0] - log_probs[1]) / 3
-            ratio, a, c = log_ratio.exp(), advantages[g, i], OP.clip_range
+            ratio, a, c = log_ratio.exp(), advantages[g, i], base(OP).clip_range
             expected.append(torch.minimum(ratio * a, ratio.clamp(1 - c, 1 + c) * a))
             ratios.append(ratio.item())
     assert sum(abs(r - 1) > 1e-4 for r in ratios) == 6 and sum(abs(r - 1) < 1e-9 for r in ratios) == 12
@@ -128,7 +132,7 @@ def test_the_ratio_of_a_replayed_trajectory_is_to_the_policy_that_made_it():
 
 
 def test_without_replay_and_truncation_it_is_flow_grpo():
-    neutral = OPGRPO(replay=0, chunk=1, trained_steps=9, train_where="random")
+    neutral = make("op", replay=0, chunk=1, trained_steps=9, train_where="random")
     runs = [
         Trainer(TinyTask(), a, TrainSettings(iterations=3, groups=2)).run(progress=False) for a in (neutral, FlowGRPO())
     ]
@@ -155,7 +159,7 @@ def test_memory_holds_the_best_of_each_prompt_and_lets_the_old_go():
     for iteration in range(5):
         rollout, rewards = collect(OP, PointwiseVelocity(), 3, iteration), rewards_of(3, iteration)
         prompts = torch.tensor([iteration % 2, 3, 3])
-        news = OP.mix(rollout, rewards, prompts, memory, streams(3, 9, iteration))[2]
+        news = OP.recall(rollout, rewards, prompts, memory, streams(3, 9, iteration))[2]
         memory = OP.remember(memory, [news], iteration)
         for g in range(3):
             kept[prompts[g].item()] += [(rewards[g, i].item(), rollout.x[:, g, i], iteration) for i in range(6)]
@@ -175,13 +179,13 @@ def test_memory_does_not_depend_on_the_number_of_processes():
     for key in (1, 2):
         rollout, rewards = collect(OP, PointwiseVelocity(), 4, key), rewards_of(4, key).round()  # with ties
         prompts = torch.tensor([4, 2, 4, 0])
-        news = [OP.mix(rollout, rewards, prompts, whole, streams(4, 9))[2]]
+        news = [OP.recall(rollout, rewards, prompts, whole, streams(4, 9))[2]]
         for size in (1, 2):
             split = []
             for start in range(0, 4, size):
                 part = slice(start, start + size)
                 own = replace(rollout, x=rollout.x[:, part], v=rollout.v[:, part])
-                split.append(OP.mix(own, rewards[part], prompts[part], whole, streams(4, 9)[part])[2])
+                split.append(OP.recall(own, rewards[part], prompts[part], whole, streams(4, 9)[part])[2])
             parts[size] = OP.remember(whole, split, key)
         whole = OP.remember(whole, news, key)
         for other in parts.values():
@@ -190,7 +194,7 @@ def test_memory_does_not_depend_on_the_number_of_processes():
 
 def test_a_run_that_was_killed_goes_on_with_the_same_memory(tmp_path):
     settings = TrainSettings(iterations=7, groups=4, updates=2, ema=0.8, checkpoint_every=3, eval_every=3)
-    algorithm = OPGRPO(group_size=4, steps=4, trained_steps=2, replay=2, memory_size=3, memory_age=3)
+    algorithm = make("op", group_size=4, steps=4, trained_steps=2, replay=2, memory_size=3, memory_age=3)
 
     def start(folder, resume=False, stop=None):
         def callback(trainer):
@@ -215,7 +219,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_memory(tmp_path):
 
 def flat_match(algorithm, velocity, rollout, advantages):
     "The objective of all groups as nested loops."
-    steps = algorithm.trained_states(rollout, streams(rollout.x.shape[1], 1)).step.unique().tolist()
+    steps = algorithm.choose(rollout, streams(rollout.x.shape[1], 1)).step.unique().tolist()
     total = 0
     for g in range(rollout.x.shape[1]):
         path = []
@@ -235,7 +239,7 @@ def flat_match(algorithm, velocity, rollout, advantages):
 
 
 @pytest.mark.parametrize("match", ["balance", "cross"])
-@pytest.mark.parametrize("settings", [{}, {"sampler": "flow", "shared_noise": False}, {"kl_weight": 0.0, "beta": 15.0}])
+@pytest.mark.parametrize("settings", [{}, {"sampler": "flow", "shared_noise": False}, {"beta": 15.0}])
 def test_matching_against_loops(match, settings):
     torch.manual_seed(0)
     algorithm, network = replace(MATCH, match=match, train_where="first", **settings), SmallNet()
@@ -247,7 +251,7 @@ def test_matching_against_loops(match, settings):
     gradient = gradients(network)
     for size in (0, 18, 36):
         network.zero_grad()
-        parts = list(algorithm.__class__.losses(replace(algorithm, micro_batch=size), network, rollout, advantages))
+        parts = list(algorithm.losses(network, rollout, advantages, micro_batch=size))
         sum(parts).backward()
         assert len(parts) == (3 if size == 18 else 2 if size == 36 else 1)
         assert sum(parts).item() == pytest.approx(expected.item(), abs=1e-10)
@@ -264,11 +268,11 @@ def test_the_pull_on_a_trajectory(match, coefficient):
 
     algorithm = replace(MATCH, match=match)
     rollout, logits = collect(algorithm, PointwiseVelocity()), algorithm.advantages(rewards_of())
-    states = algorithm.trained_states(rollout, streams(3, 1))
-    v = states.of(rollout.v).requires_grad_(True)
+    states = algorithm.choose(rollout, streams(3, 1))
+    v = states.select(rollout.v).requires_grad_(True)
     path = algorithm.log_prob(rollout, states, v)
     p = path.detach().view(3, 6, 3).sum(2).softmax(1)
-    value = algorithm.gain(rollout, states, v, logits, False, None)
+    value = -algorithm.loss(lambda x, t, cond: v, rollout, states, logits)
     (pull,) = torch.autograd.grad(value, v, retain_graph=True)
     weight = coefficient(p, logits.softmax(1))[states.prompt, states.member]
     (expected,) = torch.autograd.grad((weight * path).sum(), v)
@@ -280,10 +284,10 @@ def test_matched_groups_feel_nothing():
     for match in ("balance", "cross"):
         algorithm = replace(MATCH, match=match)
         rollout = collect(algorithm, PointwiseVelocity())
-        states = algorithm.trained_states(rollout, streams(3, 1))
-        v = states.of(rollout.v).requires_grad_(True)
+        states = algorithm.choose(rollout, streams(3, 1))
+        v = states.select(rollout.v).requires_grad_(True)
         path = algorithm.log_prob(rollout, states, v).view(3, 6, 3).sum(2).detach()
-        algorithm.gain(rollout, states, v, path, False, None).backward()
+        algorithm.loss(lambda x, t, cond, v=v: v, rollout, states, path).backward()
         assert v.grad.abs().max() < 1e-12
 
 
@@ -302,11 +306,9 @@ def test_logits_of_the_target():
         assert torch.equal(algorithm.advantages(torch.full((2, 6), 0.3)), torch.zeros(2, 6))
 
 
-def test_entropy_of_the_matched_distribution_is_reported():
-    rollout, stats = collect(MATCH, PointwiseVelocity()), SurrogateStats()
-    sum(MATCH.losses(PointwiseVelocity(), rollout, torch.zeros(3, 6), streams(3, 1), stats=stats))
-    summary = stats.summary()
-    assert 0 < summary["entropy"] <= torch.tensor(6.0).log() and summary["ratio_max"] is None
+def test_a_run_of_matching_reports_no_ratio():
+    run = Trainer(TinyTask(), MATCH, TrainSettings(iterations=1, groups=2)).run(progress=False)
+    assert all(run.rows[0][name] is None for name in ("ratio_min", "ratio_max", "clip_fraction"))
 
 
 # --- the catalogue ---

@@ -162,7 +162,10 @@ class ChunkedRatios(Modifier):
         require(self.chunk >= 0 and self.trained_steps % (self.chunk or 1) == 0, "chunk", self.chunk,
                 f"0, or a divisor of {self.trained_steps}, the trained steps")
 
-    together = inside("trained_steps")
+    @property
+    def together(self) -> int:
+        "Whole candidates; of an empty window there is nothing to hold together."
+        return max(1, self.trained_steps)
 
     def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         size = self.chunk or self.trained_steps
