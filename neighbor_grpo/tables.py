@@ -38,7 +38,8 @@ def field_docs(
         source = next(s for s in sources if re.search(rf"^class {kind.__name__}\b", s, re.MULTILINE))
         tree = ast.walk(ast.parse(source))
         body = next(n for n in tree if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
-        docs |= {field.target.id: text.value.value for field, text in pairwise(body) if isinstance(field, ast.AnnAssign)}
+        documented = lambda field, text: isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        docs |= {field.target.id: text.value.value for field, text in pairwise(body) if documented(field, text)}
     return docs
 
 
@@ -55,11 +56,12 @@ def settings_table(
 
 def details_table(
     details: Sequence[tuple[str, str, str, str]],  # what, what the code does, names of settings, source
-    cls: type,  # whose defaults are shown
+    cls: type | Sequence[type],  # whose defaults are shown
     first: int = 1,  # number of the first row
 ) -> str:
     "Numbered implementation details, as Markdown; settings that are not the class's are the training loop's."
-    defaults, rows = {f.name: f.default for f in fields(cls)}, []
+    classes, rows = [cls] if isinstance(cls, type) else cls, []
+    defaults = {f.name: f.default for kind in classes for f in fields(kind)}
     for number, (detail, code, settings, source) in enumerate(details, first):
         names = [f"`{name}={defaults[name]!r}`" if name in defaults else f"`{name}`" for name in settings.split()]
         rows.append([number, detail, code, ", ".join(names) or "–", source])

@@ -2,7 +2,7 @@
 
 import copy
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -14,18 +14,20 @@ from torch.distributions import Normal
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
-from neighbor_grpo.rivals.catalogue import ALGORITHMS, make
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, BROUGHT_ALONG, MODIFIERS, make, modified, modifiers_of, own_fields
 from neighbor_grpo.rivals.gaussian import FlowGRPO
-from neighbor_grpo.rivals.modifiers import base
+from neighbor_grpo.rivals.modifiers import Modifier, base
 from neighbor_grpo.rivals.trajectories import OPGRPO, TMPO, Replay, best_of_each
 from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
-from neighbor_grpo.training import TrainSettings
+from neighbor_grpo.tables import field_docs
+from neighbor_grpo.training import Run, TrainSettings, coarse_updates, updates
 
 SHAPE = (3, 2, 2)
 SETTINGS = {"group_size": 6, "steps": 5, "trained_steps": 3}
 OP = make("op", **SETTINGS, replay=2, memory_size=3, memory_age=2)
 MATCH = TMPO(**SETTINGS)
+every_name = pytest.mark.parametrize("name", ALGORITHMS)
 
 
 def streams(groups, *keys):
@@ -319,3 +321,89 @@ def test_the_catalogue_holds_every_algorithm_once():
     for name, algorithm in ALGORITHMS.items():
         assert issubclass(algorithm, Algorithm) and name == name.lower() and "arXiv" in algorithm.__doc__
         assert isinstance(algorithm(), Algorithm) and all(f.default is not None for f in fields(algorithm))
+
+
+ORDERS = [("weights", "chunks", "slas"), ("slas", "chunks", "weights"), ("chunks", "slas", "weights")]
+
+
+@pytest.mark.parametrize("names", ORDERS)
+def test_modifiers_nest_in_one_order_around_what_is_there(names):
+    inside_out = ["weights", "chunks", "slas"]
+    algorithm = modified(FlowGRPO(), *names, chunk=3, time_weight="noise")
+    assert [*modifiers_of(algorithm)] == inside_out and base(algorithm) == FlowGRPO()
+    assert modifiers_of(algorithm)["chunks"] == {"chunk": 3} and modifiers_of(algorithm)["weights"] == {"time_weight": "noise"}
+    one_by_one = FlowGRPO()
+    for name in names:
+        one_by_one = modified(one_by_one, name, **{"chunks": {"chunk": 3}, "weights": {"time_weight": "noise"}}.get(name, {}))
+    assert one_by_one == algorithm
+    assert modified(algorithm, chunk=9) == modified(FlowGRPO(), *names, chunk=9, time_weight="noise")
+
+
+def test_weights_go_inside_the_chunk_that_an_algorithm_brings_along():
+    algorithm = modified(OP, "weights")
+    rollout = collect(algorithm, PointwiseVelocity())
+    loss = sum(algorithm.losses(PointwiseVelocity(0.6, -0.2, 0.1), rollout, algorithm.advantages(rewards_of())))
+    assert loss.isfinite() and [*modifiers_of(algorithm)] == ["weights", "chunks", "replay"]
+
+
+@every_name
+def test_an_algorithm_comes_back_from_its_name_and_modifiers(name):
+    algorithm = make(name)
+    assert type(base(algorithm)) is ALGORITHMS[name] and modifiers_of(algorithm).keys() == BROUGHT_ALONG.get(name, {}).keys()
+    around = modifiers_of(algorithm)
+    settings = {key: value for own in around.values() for key, value in own.items()}
+    assert modified(base(algorithm), *around, **settings) == algorithm
+
+
+REFUSED = [
+    (lambda: make("grpo"), "name", "neighbor, flow"),
+    (lambda: make("flow", chunk=3), "settings", "'chunk'"),
+    (lambda: make("op", time_weight="equal"), "settings", "memory_age"),
+    (lambda: modified(FlowGRPO(), "gaurd"), "modifiers", "guard, chunks"),
+    (lambda: modified(FlowGRPO(), "guard", "chunks", chunks=3), "settings", "'chunks'"),
+    (lambda: modified(FlowGRPO(), scouts=3), "settings", "'scouts'"),
+    (lambda: modified(Nameless(FlowGRPO()), "guard"), "modifiers", "Nameless"),
+]
+
+
+@dataclass(frozen=True)
+class Nameless(Modifier):
+    "A modifier that has no name in the catalogue."
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=range(len(REFUSED)))
+def test_wrong_names_and_settings_are_refused_by_name(case):
+    attempt, name, shown = case
+    with pytest.raises(ValueError) as error:
+        attempt()
+    assert str(error.value).startswith(name) and shown in str(error.value)
+
+
+def test_a_modifier_without_a_name_goes_by_that_of_its_class():
+    assert modifiers_of(Nameless(OP)) == modifiers_of(OP) | {"Nameless": {}}
+
+
+@pytest.mark.parametrize("kind", MODIFIERS.values())
+def test_every_setting_of_a_modifier_has_a_docstring_and_an_owner(kind):
+    names = {field.name for field in own_fields(kind)}
+    assert names <= field_docs(kind).keys()
+    others = [field.name for other in MODIFIERS.values() if other is not kind for field in own_fields(other)]
+    assert not names & {*others}  # settings are found by their names alone
+
+
+# --- what the loop does with a memory ---
+
+
+def test_the_first_update_on_replayed_trajectories_is_not_on_policy():
+    run = Run(TinyTask(), OP, TrainSettings(groups=3, updates=2))
+    noise, cond = randn((3, 2), seeded(1)), run.task.conditions(torch.arange(3))
+    rollout = OP.rollout(run.policy.eval(), noise, cond, streams(3))
+    replayed = replace(rollout, v=rollout.v + 1, replayed=torch.eye(3, 6, dtype=torch.bool))
+    assert [plan[-1] for plan in updates(run, rollout, streams(3))] == [True, False]
+    assert [plan[-1] for plan in updates(run, replayed, streams(3))] == [False, False]
+    plans = coarse_updates(run, replayed, streams(3))[0]
+    assert [plan[-1] for plan in plans] == [False, False]
+    before, states = plans[0][:2]  # where rounding is coarse, all but the replayed velocities are computed again
+    old = states.of_candidates(replayed.replayed)
+    assert torch.equal(states.select(before.v)[old], states.select(replayed.v)[old])
+    torch.testing.assert_close(states.select(before.v)[~old], states.select(rollout.v)[~old])
