@@ -96,7 +96,7 @@ def gradients(module):
 
 
 def penalized_loss(algorithm, velocity, rollout, advantages, penalties, generator=None, on_policy=False, micro_batch=0):
-    "The loss of one update with penalties at the trained states, a pair of penalty and reference each, as the loop has it."
+    "The loss of one update as the loop makes it; `penalties` are pairs of a penalty and its reference."
     chosen, total = algorithm.choose(rollout, generator), 0
     for states in chosen.split(micro_batch):
         watched, distance = Watched(velocity), algorithm.distance_weights(rollout, states)

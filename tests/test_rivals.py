@@ -14,10 +14,18 @@ from torch.distributions import Normal
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
-from neighbor_grpo.rivals.catalogue import ALGORITHMS, BROUGHT_ALONG, MODIFIERS, make, modified, modifiers_of, own_fields
+from neighbor_grpo.rivals.catalogue import (
+    ALGORITHMS,
+    BROUGHT_ALONG,
+    MODIFIERS,
+    make,
+    modified,
+    modifiers_of,
+    own_fields,
+)
 from neighbor_grpo.rivals.gaussian import FlowGRPO
 from neighbor_grpo.rivals.modifiers import Modifier, base
-from neighbor_grpo.rivals.trajectories import OPGRPO, TMPO, Replay, best_of_each
+from neighbor_grpo.rivals.trajectories import TMPO, Replay, best_of_each
 from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.tables import field_docs
@@ -68,7 +76,8 @@ def test_remembered_trajectories_replace_those_nearest_to_the_mean(prompts, repl
         rewards = torch.stack([rewards, rewards], 2)
         memory = memory | {"reward": torch.stack([memory["reward"]] * 2, 1)}
     before = rollout.x.clone()
-    mixed, mixed_rewards, _ = algorithm.recall(rollout, rewards, torch.tensor(prompts), memory, streams(len(prompts), 9))
+    numbers = torch.tensor(prompts)
+    mixed, mixed_rewards, _ = algorithm.recall(rollout, rewards, numbers, memory, streams(len(prompts), 9))
     assert torch.equal(rollout.x, before)  # what was collected is left alone
     assert (mixed.replayed is None) == (not {1, 4} & set(prompts)) and mixed.nfe == rollout.nfe
     for g, prompt in enumerate(prompts):
@@ -329,12 +338,13 @@ ORDERS = [("weights", "chunks", "slas"), ("slas", "chunks", "weights"), ("chunks
 @pytest.mark.parametrize("names", ORDERS)
 def test_modifiers_nest_in_one_order_around_what_is_there(names):
     inside_out = ["weights", "chunks", "slas"]
+    settings = {"chunks": {"chunk": 3}, "weights": {"time_weight": "noise"}}
     algorithm = modified(FlowGRPO(), *names, chunk=3, time_weight="noise")
-    assert [*modifiers_of(algorithm)] == inside_out and base(algorithm) == FlowGRPO()
-    assert modifiers_of(algorithm)["chunks"] == {"chunk": 3} and modifiers_of(algorithm)["weights"] == {"time_weight": "noise"}
-    one_by_one = FlowGRPO()
+    around, one_by_one = modifiers_of(algorithm), FlowGRPO()
+    assert [*around] == inside_out and base(algorithm) == FlowGRPO()
+    assert {name: around[name] for name in settings} == settings
     for name in names:
-        one_by_one = modified(one_by_one, name, **{"chunks": {"chunk": 3}, "weights": {"time_weight": "noise"}}.get(name, {}))
+        one_by_one = modified(one_by_one, name, **settings.get(name, {}))
     assert one_by_one == algorithm
     assert modified(algorithm, chunk=9) == modified(FlowGRPO(), *names, chunk=9, time_weight="noise")
 
@@ -349,8 +359,8 @@ def test_weights_go_inside_the_chunk_that_an_algorithm_brings_along():
 @every_name
 def test_an_algorithm_comes_back_from_its_name_and_modifiers(name):
     algorithm = make(name)
-    assert type(base(algorithm)) is ALGORITHMS[name] and modifiers_of(algorithm).keys() == BROUGHT_ALONG.get(name, {}).keys()
     around = modifiers_of(algorithm)
+    assert type(base(algorithm)) is ALGORITHMS[name] and [*around] == [*BROUGHT_ALONG.get(name, {})]
     settings = {key: value for own in around.values() for key, value in own.items()}
     assert modified(base(algorithm), *around, **settings) == algorithm
 
@@ -389,6 +399,17 @@ def test_every_setting_of_a_modifier_has_a_docstring_and_an_owner(kind):
     assert names <= field_docs(kind).keys()
     others = [field.name for other in MODIFIERS.values() if other is not kind for field in own_fields(other)]
     assert not names & {*others}  # settings are found by their names alone
+
+
+@every_name
+def test_only_what_draws_every_step_at_the_same_times_is_replayed(name):
+    algorithm = base(make(name))
+    if name in ("flow", "dance", "op", "tmpo"):
+        assert Replay(algorithm).replay == 3
+        return
+    with pytest.raises(ValueError, match="Replay") as error:
+        Replay(algorithm)
+    assert type(algorithm).__name__ in str(error.value) and "draws every step" in str(error.value)
 
 
 # --- what the loop does with a memory ---
