@@ -126,8 +126,8 @@ def test_windows_are_the_same_for_any_number_of_groups(moves):
 
 @pytest.mark.parametrize("name", ["random", "tempflow"])
 def test_groups_are_the_same_in_any_process(name, monkeypatch):
-    seen, choose = [], training.choose
-    monkeypatch.setattr(training, "choose", lambda run, rollout, own: seen.append(rollout) or choose(run, rollout, own))
+    seen, plan = [], training.plan
+    monkeypatch.setattr(training, "plan", lambda run, rollout, own: seen.append(rollout) or plan(run, rollout, own))
     for iteration in range(3):
         for groups in (range(4), range(2), range(2, 4)):
             run = Run(TinyTask(), SMALL[name], TrainSettings(iterations=3, groups=4))

@@ -29,7 +29,7 @@ from neighbor_grpo.rivals.trajectories import TMPO, Replay, best_of_each
 from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.tables import field_docs
-from neighbor_grpo.training import Run, TrainSettings, coarse_updates, updates
+from neighbor_grpo.training import Run, TrainSettings, plan
 
 SHAPE = (3, 2, 2)
 SETTINGS = {"group_size": 6, "steps": 5, "trained_steps": 3}
@@ -380,6 +380,8 @@ REFUSED = [
 class Nameless(Modifier):
     "A modifier that has no name in the catalogue."
 
+    fits = Replay.fits
+
 
 @pytest.mark.parametrize("case", REFUSED, ids=range(len(REFUSED)))
 def test_wrong_names_and_settings_are_refused_by_name(case):
@@ -409,6 +411,7 @@ def test_only_what_draws_every_step_at_the_same_times_is_replayed(name):
         return
     with pytest.raises(ValueError, match="Replay") as error:
         Replay(algorithm)
+    assert Replay(algorithm, 0).replay == 0  # which changes nothing
     assert type(algorithm).__name__ in str(error.value) and "draws every step" in str(error.value)
 
 
@@ -420,11 +423,12 @@ def test_the_first_update_on_replayed_trajectories_is_not_on_policy():
     noise, cond = randn((3, 2), seeded(1)), run.task.conditions(torch.arange(3))
     rollout = OP.rollout(run.policy.eval(), noise, cond, streams(3))
     replayed = replace(rollout, v=rollout.v + 1, replayed=torch.eye(3, 6, dtype=torch.bool))
-    assert [plan[-1] for plan in updates(run, rollout, streams(3))] == [True, False]
-    assert [plan[-1] for plan in updates(run, replayed, streams(3))] == [False, False]
-    plans = coarse_updates(run, replayed, streams(3))[0]
-    assert [plan[-1] for plan in plans] == [False, False]
-    before, states = plans[0][:2]  # where rounding is coarse, all but the replayed velocities are computed again
+    assert [update.on_policy for update in plan(run, rollout, streams(3))] == [True, False]
+    assert [update.on_policy for update in plan(run, replayed, streams(3))] == [False, False]
+    run.task.coarse = True
+    updates = plan(run, replayed, streams(3))
+    assert [(update.on_policy, update.again) for update in updates] == [(False, True)] * 2
+    before, states = updates[0].rollout, updates[0].trained  # all but the replayed velocities are computed again
     old = states.of_candidates(replayed.replayed)
     assert torch.equal(states.select(before.v)[old], states.select(replayed.v)[old])
     torch.testing.assert_close(states.select(before.v)[~old], states.select(rollout.v)[~old])

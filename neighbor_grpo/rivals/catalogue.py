@@ -93,4 +93,4 @@ def check_known(
 ) -> None:
     "Refuse settings that nobody has."
     unknown = sorted(settings.keys() - known)
-    require(not unknown, "settings", ", ".join(unknown), f"some of those of {whose}: {', '.join(sorted(known)) or 'none'}")
+    require(not unknown, "settings", unknown, f"those of {whose}: {', '.join(sorted(known)) or 'none'}")

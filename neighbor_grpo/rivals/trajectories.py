@@ -53,11 +53,11 @@ class Replay(Modifier):
 
     def __post_init__(self):
         super().__post_init__()
-        own = base(self)
-        alike = isinstance(own, SDEGRPO) and type(own).follow is SDEGRPO.follow  # the same steps and times in every iteration
-        require(alike, type(self).__name__, f"around {type(own).__name__}", "around an algorithm that draws every step")
         require(0 <= self.replay < self.group_size, "replay", self.replay, f"an integer in [0, {self.group_size - 1}]")
         for name in ("memory_size", "memory_age"): require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        own = base(self)
+        every = isinstance(own, SDEGRPO) and type(own).follow is SDEGRPO.follow  # at the same times in every iteration
+        require(every or self.replay == 0, type(self).__name__, f"around {type(own).__name__}", "around an algorithm that draws every step")
 
     def recall(self, rollout: Rollout, rewards: Tensor, prompts: Tensor, memory: dict[str, Tensor],
                generator: Generators = None) -> tuple[Rollout, Tensor, dict]:
