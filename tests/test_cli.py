@@ -15,10 +15,9 @@ from contextlib import suppress
 import pytest
 import torch
 
-from neighbor_grpo.cli import TASKS, defaults_of, main, task_classes
-from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.cli import TASKS, brought_along, defaults_of, main, settings_of
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, BROUGHT_ALONG, own_fields
 from neighbor_grpo.runs.folder import Checkpoints, read_rows
-from neighbor_grpo.training import TrainSettings
 
 TOY = "train toy --quiet --pretrain_steps 60 --eval_samples 100 --iterations 12 --groups 2 --group_size 4 --anchors 2"
 PNG = b"\x89PNG"
@@ -200,14 +199,17 @@ def test_help_shows_every_setting_with_its_default_and_meaning(task, algorithm, 
         assert main(["train", task, "--algorithm", algorithm, "--help", "all"]) == 0
     _, *options = re.split(r"^  --", capsys.readouterr().out, flags=re.MULTILINE)
     options = {option.split()[0]: option for option in options}
-    for settings in (task_classes(task)[1], ALGORITHMS[algorithm], TrainSettings):
+    defaults = {name: value for own in BROUGHT_ALONG.get(algorithm, {}).values() for name, value in own.items()}
+    defaults |= defaults_of(task, algorithm)
+    for settings in settings_of(task, algorithm, brought_along(algorithm)).values():
         docs = field_docs(settings)
-        for field in dataclasses.fields(settings):
-            default = defaults_of(task, algorithm).get(field.name, field.default)
+        for field in own_fields(settings):
+            default = defaults.get(field.name, field.default)
             assert solid(docs[field.name]) in solid(options[field.name]), field.name
             line = re.compile(rf"default:\s+{re.escape(str(default))}[\s)]", re.IGNORECASE)
-            assert default == "" or line.search(options[field.name] + " "), field.name
-            choices = typing.get_args(typing.get_type_hints(settings)[field.name])  # of a Literal
+            assert default in ("", None) or line.search(options[field.name] + " "), field.name
+            hint = typing.get_type_hints(settings)[field.name]
+            choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
             assert all(choice in options[field.name] for choice in choices), field.name
 
 
@@ -243,7 +245,7 @@ def test_interrupted_by_hand(tmp_path, monkeypatch, capsys):
     def interrupt(trainer, *arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neighbor_grpo.training.Trainer.run", interrupt)
+    monkeypatch.setattr("neighbor_grpo.runs.trainer.Trainer.run", interrupt)
     assert main([*TOY.split(), "--out", str(tmp_path / "run")]) == 130
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "--resume" in error and str(tmp_path / "run") in error

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from neighbor_grpo.cli import COMMANDS, MAX_BYTES, TASKS, main, read_command, read_recipe, read_study, train_parser
 from neighbor_grpo.flow import require
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, MODIFIERS
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.tasks.toy2d import ToySettings
 from neighbor_grpo.training import TrainSettings
@@ -77,6 +77,9 @@ def test_require_without_a_value():
         ("--sigmaa", "--sigma"),
         ("--groupsize", "--group_size"),
         ("--num_generations", "--group_size"),
+        ("--chunk", "--with chunks --chunk"),
+        ("--guard", "--with guard"),
+        ("--advantage-power", "--with slas --advantage_power"),
     ],
 )
 def test_an_unknown_option_gets_a_suggestion(option, meant):
@@ -145,7 +148,7 @@ VALUES = {
     "groups: many": ("--groups", "int", "'many'"),
     "method: rk4": ("--method", "heun", "'rk4'"),
     "method: 3": ("--method", "heun", "3"),
-    "rescale: perhaps": ("--rescale", "bool", "'perhaps'"),
+    "shuffle: perhaps": ("--shuffle", "bool", "'perhaps'"),
     "task: [toy]": ("task among",),
     "algorithm: {a: 1}": ("algorithm among",),
     "task: null": ("task among",),
@@ -260,7 +263,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-PARTS = ("task_name", "task", "algorithm_name", "algorithm", "training")
+PARTS = ("task_name", "task", "algorithm_name", "algorithm", "modifiers", "training")
 
 
 @settings(max_examples=40)
@@ -270,7 +273,7 @@ PARTS = ("task_name", "task", "algorithm_name", "algorithm", "training")
 @example("task", 10**400, "inside")
 def test_any_configuration_is_read_or_refused(run, part, value, where):
     config = json.loads((run / "config.json").read_text())
-    if where == "inside" and isinstance(config[part], dict):
+    if where == "inside" and config[part] and isinstance(config[part], dict):
         config[part][next(iter(config[part]))] = value
     elif value == "missing":
         del config[part]
@@ -287,10 +290,11 @@ def test_any_configuration_is_read_or_refused(run, part, value, where):
 
 # --- everything else ---
 
-names = sorted({field.name for cls in (ToySettings, TrainSettings, *ALGORITHMS.values()) for field in fields(cls)})
+classes = (ToySettings, TrainSettings, *ALGORITHMS.values(), *MODIFIERS.values())
+names = sorted({"with"} | {field.name for cls in classes for field in fields(cls)})
 WORDS = st.one_of(
     st.sampled_from(
-        [*COMMANDS, *TASKS, *ALGORITHMS, "all", "", "-", "--", "-1", "nan", "inf", "1e400", "null", "true"]
+        [*COMMANDS, *TASKS, *ALGORITHMS, *MODIFIERS, "all", "", "-", "--", "-1", "nan", "inf", "1e400", "null", "true"]
     ),
     st.sampled_from(
         ["[", "[" * 30, "{", "{a: 1}", "[1, 2]", "&a [*a]", "!!int x", "0x10", "1_0", "9" * 5000, "\ud800"]
@@ -337,7 +341,7 @@ def test_a_bug_says_how_to_see_where(monkeypatch, capsys):
 
 
 def test_files_give_defaults_with_the_types_of_the_settings():
-    parser = train_parser("toy", "neighbor", {"lr": "1e-4", "groups": "8"})
+    parser = train_parser("toy", "neighbor", defaults={"lr": "1e-4", "groups": "8"})
     assert (parser.parse_args([]).lr, parser.parse_args([]).groups) == (1e-4, 8)
 
 
