@@ -73,11 +73,11 @@ class Modifier(StepAlgorithm):
 # %% ../../nbs/rivals/modifiers.ipynb #94f5a9d7
 def shape_advantages(
     rewards: Tensor,  # (P, G)
-    power: float = 0.0,  # gamma >= 0; 0 leaves the standardised reward as it is
+    power: float = 0.0,  # gamma >= 0; 0 leaves the standardized reward as it is
     scale: str = "group",  # "group" or "batch": whose standard deviation divides
     eps: float = 1e-6,  # added to the standard deviation, > 0
 ) -> Tensor:  # (P, G)
-    "SLAS: `sign(d) |d|^(1 + gamma)` of the standardised reward `d`; with the defaults, plain group advantages."
+    "SLAS: `sign(d) |d|^(1 + gamma)` of the standardized reward `d`; with the defaults, plain group advantages."
     require(power >= 0, "power", power, ">= 0")
     require(scale in ("group", "batch"), "scale", scale, "'group' or 'batch'")
     standard = group_advantages(rewards, eps)
@@ -85,9 +85,9 @@ def shape_advantages(
         rewards = check_rewards(rewards)
         rewards, unit = in_units(rewards, rewards.abs().amax())
         rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero, and stays so
-        centred = rewards - rewards.mean(1, keepdim=True)
-        spread = centred.square().mean().sqrt() + eps * unit
-        standard = centred / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+        centered = rewards - rewards.mean(1, keepdim=True)
+        spread = centered.square().mean().sqrt() + eps * unit
+        standard = centered / spread.clamp_min(torch.finfo(spread.dtype).tiny)
     return standard if power == 0 else standard.sign() * standard.abs() ** (1 + power)
 
 # %% ../../nbs/rivals/modifiers.ipynb #e988e897
@@ -121,7 +121,7 @@ def guarded(
 # %% ../../nbs/rivals/modifiers.ipynb #15f36225
 @dataclass(frozen=True)
 class GuardedRatios(Modifier):
-    "GRPO-Guard: recentre the log-ratio, scale it by the step's noise, and divide the loss by the step's length."
+    "GRPO-Guard: recenter the log-ratio, scale it by the step's noise, and divide the loss by the step's length."
 
     def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         watched, (t, t_next) = Watched(velocity), states.times(rollout.ts)
