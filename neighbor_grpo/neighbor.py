@@ -19,7 +19,7 @@ from .grpo import group_advantages, standardized, surrogate
 from .leaping import leaping_entropy, leaping_log_probs
 from .neighbors import neighbor_noise
 from .reweighting import quasi_norm
-from .rollouts import (Rollout, Standardize, States, StepAlgorithm, Surrogate,
+from .rollouts import (Reward, Rollout, Standardize, States, StepAlgorithm, Surrogate,
                                     check_settings, choose_steps, for_each, per_state, untrained_steps)
 from .solvers import euler_step, solve, step_response
 
@@ -72,7 +72,8 @@ class NeighborGRPO(StepAlgorithm):
         return neighbor_noise(noise, count, self.sigma, generator)
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
-               generator: Generators = None, iteration: int = 0) -> Rollout:
+               generator: Generators = None, iteration: int = 0,
+               reward: Reward | None = None) -> Rollout:
         "Solve the ODE from all starts at once; nothing random is left."
         groups, size = start.shape[:2]
         ts = time_grid(self.steps, self.shift, self.grid)

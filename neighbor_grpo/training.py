@@ -494,7 +494,9 @@ def iterate(
     cond = task.conditions(prompts)
 
     reward = lambda samples: reported(score(task, samples, prompts), task.reward_weights)
-    rollout = algorithm.rollout(run.collector, noise, cond, generators, run.iteration, reward)
+    start = algorithm.starts(noise, algorithm.group_size, generators)
+    with torch.no_grad():
+        rollout = algorithm.follow(run.collector, start, cond, generators, run.iteration, reward)
     fresh = score(task, rollout.samples, prompts)
     old, rewards, news = algorithm.recall(rollout, fresh, prompts, run.memory, generators)
     updates, stats = plan(run, old, generators), SurrogateStats()

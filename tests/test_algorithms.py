@@ -1,5 +1,6 @@
 """Rollouts, trained states and losses of every algorithm, against plain loops and torch.distributions."""
 
+import copy
 from collections import Counter
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -578,7 +579,7 @@ def test_penalty_is_zero_at_the_reference_and_adds_its_gradient_elsewhere(algori
     torch.manual_seed(0)
     network, reference = SmallNet(), SmallNet()
     plain = OneUpdate(algorithm, network).gradient
-    same = OneUpdate(algorithm, network, network, kl_weight=0.7).gradient
+    same = OneUpdate(algorithm, network, copy.deepcopy(network), kl_weight=0.7).gradient
     assert (same - plain).abs().max() < 1e-13
     away = OneUpdate(algorithm, network, reference, kl_weight=0.7).gradient
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..flow import Generators, Velocity, denoised, interpolate, randn, require, time_grid
 from ..grpo import group_advantages, standardized, surrogate
 from ..neighbors import neighbor_noise
-from ..rollouts import (Algorithm, Rollout, Standardize, States, Surrogate, check_settings, everyone, for_each)
+from ..rollouts import (Algorithm, Reward, Rollout, Standardize, States, Surrogate, check_settings, everyone, for_each)
 from ..solvers import Trajectory, solve
 
 # %% ../../nbs/rivals/forward.ipynb #58588ca8
@@ -61,7 +61,7 @@ class ForwardProcess(Algorithm):
         return neighbor_noise(noise, count, 1.0, generator)
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0) -> Rollout:
+               iteration: int = 0, reward: Reward | None = None) -> Rollout:
         "Solve the ODE, then noise its samples K times: states at decreasing times, and the sample itself as the last."
         (groups, size), count = start.shape[:2], self.trained_steps
         grid, cond_each = time_grid(self.steps, self.shift, self.grid), for_each(cond, groups, size)

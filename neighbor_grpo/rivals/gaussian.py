@@ -18,7 +18,7 @@ from torch import Tensor
 from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import group_advantages, standardized, surrogate
 from ..neighbors import neighbor_noise
-from ..rollouts import (Rollout, Standardize, StepAlgorithm, States, Surrogate, check_settings, choose_steps,
+from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States, Surrogate, check_settings, choose_steps,
                                     everyone, for_each, untrained_steps)
 from ..sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
 
@@ -78,7 +78,7 @@ class SDEGRPO(StepAlgorithm):
         return neighbor_noise(noise, count, 1.0, generator)
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0) -> Rollout:
+               iteration: int = 0, reward: Reward | None = None) -> Rollout:
         "Draw every step from its Gaussian, the last one only if asked to."
         groups, size = start.shape[:2]
         ts, noisy = self.times(), [True] * (self.steps - 1) + [self.noisy_last_step]

@@ -18,7 +18,7 @@ from ..anchors import sample_subsets
 from ..flow import Generators, Velocity, randn, require, seeded, time_grid
 from ..grpo import surrogate
 from .gaussian import SDEGRPO
-from ..rollouts import Rollout, States, Surrogate, everyone, for_each, per_state, take
+from ..rollouts import Reward, Rollout, States, Surrogate, everyone, for_each, per_state, take
 from ..sde import gaussian_log_prob, solve_sde
 from ..solvers import Trajectory, euler_step, solve
 
@@ -92,7 +92,7 @@ class MixGRPO(SDEGRPO):
         return torch.cat([ts[:end], ts[tail]])
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0) -> Rollout:
+               iteration: int = 0, reward: Reward | None = None) -> Rollout:
         "Euler steps to the window, Gaussian steps in it, `tail_method` after it."
         groups, size = start.shape[:2]
         ts, window, paths, x = self.thinned(iteration), self.window(iteration), [], start.flatten(0, 1)
@@ -159,7 +159,7 @@ class TempFlowGRPO(SDEGRPO):
         require(self.shared_noise, "shared_noise", self.shared_noise, "True: a group has one trunk")
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0) -> Rollout:
+               iteration: int = 0, reward: Reward | None = None) -> Rollout:
         "Every group branches at a step of its own; before that, one row is evaluated for all its candidates."
         (groups, size), x = start.shape[:2], start.flatten(0, 1)
         cond_each, ts = for_each(cond, groups, size), self.times().to(x)

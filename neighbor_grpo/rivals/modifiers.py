@@ -20,7 +20,7 @@ from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import check_rewards, group_advantages, in_units, surrogate
 from ..neighbor import NeighborGRPO
 from .gaussian import SDEGRPO
-from ..rollouts import (Algorithm, Rollout, Standardize, StepAlgorithm, Watched, check_types,
+from ..rollouts import (Algorithm, Reward, Rollout, Standardize, StepAlgorithm, Watched, check_types,
                                     for_each, per_state)
 from ..solvers import solve
 
@@ -59,7 +59,6 @@ class Modifier(StepAlgorithm):
 
     def starts(self, noise, count, generator=None): return self.algorithm.starts(noise, count, generator)
     def follow(self, *arguments): return self.algorithm.follow(*arguments)
-    def rollout(self, *arguments, **named): return self.algorithm.rollout(*arguments, **named)
     def advantages(self, *arguments, **named): return self.algorithm.advantages(*arguments, **named)
     def choose(self, *arguments): return self.algorithm.choose(*arguments)
     def loss(self, *arguments, **named): return self.algorithm.loss(*arguments, **named)
@@ -240,18 +239,21 @@ class Previews(Modifier):
         alike = isinstance(own, SDEGRPO) and own.shared_noise
         require(not alike, type(self).__name__, f"around {type(own).__name__}", "around an algorithm whose candidates start apart")
 
-    @torch.no_grad()
-    def rollout(self, velocity: Velocity, noise: Tensor, cond: object = None, generator: Generators = None,
-                iteration: int = 0, reward: Callable[[Tensor], Tensor] | None = None) -> Rollout:
-        "Needs `reward: (P, M, *shape) -> (P, M)`."
+    def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
+        "`(P, *shape) -> (P, scouts, *shape)`: more than `count`, of which `follow` chooses."
+        return self.algorithm.starts(noise, self.scouts, generator)
+
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
+               generator: Generators = None, iteration: int = 0,
+               reward: Reward | None = None) -> Rollout:
+        "Preview all starts; solve the best and the worst."
         require(reward is not None, "reward", reward, "a function for previews")
-        groups, ts = len(noise), time_grid(self.scout_steps, self.shift, self.grid)
-        noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
-        start = self.algorithm.starts(noise, self.scouts, generator)
-        preview = solve(velocity, start.flatten(0, 1), ts, for_each(cond, groups, self.scouts), "euler")
-        best = extremes(reward(preview.x[-1].unflatten(0, (groups, self.scouts))), self.group_size).to(start.device)
+        (groups, count), ts = start.shape[:2], time_grid(self.scout_steps, self.shift, self.grid)
+        preview = solve(velocity, start.flatten(0, 1), ts, for_each(cond, groups, count), "euler")
+        seen = reward(preview.x[-1].unflatten(0, (groups, count)))
+        best = extremes(seen, self.group_size).to(start.device)
         chosen = start[torch.arange(groups, device=start.device)[:, None], best]
-        rollout = self.algorithm.follow(velocity, chosen, cond, generator, iteration)
+        rollout = self.algorithm.follow(velocity, chosen, cond, generator, iteration, reward)
         return replace(rollout, nfe=rollout.nfe + self.scouts * self.scout_steps / self.group_size)
 
     @property
