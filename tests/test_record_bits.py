@@ -2,35 +2,56 @@
 
 import json
 from collections import Counter
+from dataclasses import fields
 
+import pytest
 import record_bits
+
+from neighbor_grpo.cli import read_command
 
 
 def test_the_tool_repeats_itself_and_notices_a_learning_rate(tmp_path, capsys):
     "The check runs what the record says: the same, then with another rate in one case."
-    record, only = tmp_path / "bits.json", ["--only", "^toy (neighbor|op|nft)$"]
+    record, only = tmp_path / "bits.json", ["--only", "^toy (neighbor|op|nft|tempflow --updates 2 --with weights)$"]
     assert record_bits.main([*only, "--record", str(record)]) == 0
     content = json.loads(record.read_text())
-    assert list(content["cases"]) == ["toy neighbor", "toy op", "toy nft"]
+    weighed = "toy tempflow --updates 2 --with weights"
+    assert list(content["cases"]) == ["toy neighbor", weighed, "toy op", "toy nft"]
+    assert not any("refused" in case for case in content["cases"].values())
     assert list(content["cases"]["toy op"]["weights"]) == ["base", "memory", "policy"]
     assert record_bits.main(["--check", "--record", str(record)]) == 0
-    assert capsys.readouterr().out == "0 of 3 cases differ.\n"
+    assert capsys.readouterr().out == "0 of 4 cases differ, 0 of them as meant.\n"
 
     content["cases"]["toy op"]["arguments"] += " --lr 0.00101"
     record.write_text(json.dumps(content))
     assert record_bits.main(["--check", "--record", str(record)]) == 1
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("toy op: rewards, metrics, weights differ, by up to ")
-    assert last == "1 of 3 cases differ."
+    assert last == "1 of 4 cases differ, 0 of them as meant."
 
 
 def test_each_case_has_a_name_of_its_own():
     "And no setting of an algorithm is left out: one without a value to try is a KeyError."
     names = Counter(map(record_bits.name_of, record_bits.command_lines()))
     assert max(names.values()) == 1
-    for algorithm, settings in record_bits.ALGORITHMS.items():
-        tried = {name for name, _ in record_bits.values(settings)}
-        assert tried == settings.__dataclass_fields__.keys(), algorithm
+    for name, settings in {**record_bits.ALGORITHMS, **record_bits.MODIFIERS}.items():
+        tried = {setting for setting, _ in record_bits.values(settings)}
+        assert tried == {field.name for field in fields(settings)} - {"algorithm"}, name
+
+
+def test_each_modifier_is_tried_around_each_algorithm():
+    "Where an algorithm brings some along, they stay."
+    for name, algorithm in record_bits.ALGORITHMS.items():
+        said = " ".join(record_bits.modified(name, algorithm))
+        assert all(modifier in said for modifier in record_bits.MODIFIERS)
+    assert "--with chunks guard replay" in record_bits.modified("op", record_bits.ALGORITHMS["op"])
+
+
+def test_what_is_tried_together_is_allowed():
+    "A refusal in the record would guard nothing."
+    for name, lines in record_bits.TOGETHER.items():
+        for line in lines:
+            read_command(f"{record_bits.TOY} --algorithm {name} {line}".split())
 
 
 def result(**changed):
@@ -58,8 +79,30 @@ def test_a_number_comes_back_to_the_bit():
         assert record_bits.number(record_bits.exact(value)).hex() == value.hex()
 
 
-def test_renamed_options_are_said_as_today(monkeypatch):
-    "Whole words only."
-    monkeypatch.setattr(record_bits, "RENAMED", {"--guard true": "--with guard", "--p": "--power"})
-    words = "toy --guard true --p 2 --pretrain_steps 3".split()
-    assert record_bits.today(words) == "toy --with guard --power 2 --pretrain_steps 3".split()
+@pytest.mark.parametrize(
+    ("words", "now"),
+    [
+        ("toy --algorithm flow --sigma 3", "toy --algorithm flow --sigma 3"),
+        ("toy --algorithm flow --guard true --chunk 3", "toy --with chunks guard --algorithm flow --chunk 3"),
+        ("toy --algorithm neighbor --train_step rollout", "toy --algorithm neighbor --leap_from rollout"),
+        ("toy --algorithm neighbor --old_anchor stored", "toy --algorithm neighbor --leap_from stored"),
+        ("toy --algorithm op --replay 1", "toy --with chunks replay --algorithm op --replay 1"),
+        ("toy --algorithm vgrpo --chunk 1", "toy --algorithm vgrpo --one_ratio false"),
+        (
+            "toy --algorithm mix --advantage_power 0.5",
+            "toy --with slas --advantage_power 0.5 --advantage_scale group --algorithm mix",
+        ),
+        (
+            "toy --algorithm tempflow --time_weight equal",
+            "toy --with weights --algorithm tempflow --time_weight equal --weigh_noise false",
+        ),
+        ("toy --algorithm tempflow --time_weight none", "toy --algorithm tempflow --weigh_noise false"),
+    ],
+)
+def test_the_words_of_an_older_record_are_said_as_today(words, now, tmp_path):
+    "Only where the record does not say that its words are of today."
+    assert record_bits.today(words.split()) == now.split()
+    for mark, expected in (({}, now), ({"words": "modifiers"}, words)):
+        path = tmp_path / "bits.json"
+        path.write_text(json.dumps({"made": {}, **mark, "cases": {"a case": {"arguments": words}}}))
+        assert record_bits.read(path)[1] == {"a case": expected.split()}

@@ -17,7 +17,6 @@ import re
 import shutil
 import sys
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
@@ -29,8 +28,9 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
-from neighbor_grpo.cli import ALGORITHMS
+from neighbor_grpo.cli import brought_along
 from neighbor_grpo.cli import main as neighbor_grpo
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, MODIFIERS, own_fields
 
 RECORD = Path(__file__).resolve().parent.parent / "tests" / "bits.json"
 
@@ -43,17 +43,15 @@ LARGE = (
     " --iterations 1 --groups 2 --group_size 4 --eval_images 4 --eval_steps 2"
 )
 
-# Values of each setting that is a number, besides its default. A setting that is missing here stops the tool.
+# Values of each setting of an algorithm or a modifier that is a number, besides its default. A setting that is missing
+# here stops the tool.
 NUMBERS = {
     "group_size": "5",
     "steps": "27",
     "shift": "1 3",
     "trained_steps": "2",
     "clip_range": "0.05",
-    "kl_weight": "0.1",
-    "hold_weight": "0.1",
-    "micro_batch": "12 30",
-    "advantage_power": "0.5",
+    "advantage_power": "0",
     "chunk": "0 1",
     "scouts": "8",
     "scout_steps": "3",
@@ -72,9 +70,9 @@ NUMBERS = {
     "beta": "0.5",
     "soft_clip": "1",
 }
-# What a setting needs beside it, to be allowed or to have an effect.
+# What a setting or a modifier needs beside it, to be allowed or to have an effect.
 BESIDE = {
-    "hold_weight": "--train_where first",
+    "previews": "--scouts 12 --shared_noise false",
     "scouts": "--shared_noise false",
     "scout_steps": "--scouts 8 --shared_noise false",
     "window_moves": "--window_every 1",
@@ -83,30 +81,38 @@ BESIDE = {
 # Options that act on one another, by algorithm.
 TOGETHER = {
     "neighbor": (
-        "--train_step rollout --method euler",
-        "--train_step rollout --method ab2",
-        "--train_step rollout --time_weight equal",
-        "--old_anchor stored --guard true",
-        "--guard true --chunk 2",
+        "--leap_from rollout --method euler",
+        "--leap_from rollout --method ab2",
+        "--with weights --leap_from rollout",
+        "--with guard --leap_from stored",
+        "--with guard chunks",
         "--hold_weight 0.1 --kl_weight 0.1 --train_where last --micro_batch 5",
-        "--scouts 8 --scout_steps 3 --advantage_scale batch --advantage_power 0.5",
+        "--with previews slas --scouts 8 --scout_steps 3",
         "--grid scheduler --shift 3",
     ),
-    "flow": ("--guard true --chunk 3 --time_weight noise", "--hold_weight 0.1 --train_where last --micro_batch 5"),
-    "dance": ("--chunk 7 --time_weight equal", "--grid scheduler --shift 3"),
-    "mix": (
-        "--window_every 1 --tail_ratio 0.5 --tail_method dpm++2m --time_weight equal",
-        "--window_moves random --chunk 2",
+    "flow": (
+        "--with guard chunks weights --chunk 3 --time_weight noise",
+        "--hold_weight 0.1 --train_where last --micro_batch 5",
     ),
-    "tempflow": ("--micro_batch 1", "--guard true --kl_weight 0.1"),
-    "op": ("--chunk 1 --guard true", "--hold_weight 0.1 --kl_weight 0.1 --micro_batch 15"),
+    "dance": ("--with chunks weights --chunk 7", "--grid scheduler --shift 3"),
+    "mix": (
+        "--with weights --window_every 1 --tail_ratio 0.5 --tail_method dpm++2m",
+        "--with chunks --window_moves random",
+    ),
+    "tempflow": ("--micro_batch 1", "--with guard --kl_weight 0.1"),
+    "op": ("--with chunks guard replay --chunk 1", "--hold_weight 0.1 --kl_weight 0.1 --micro_batch 15"),
     "nft": ("--group_noise true --kl_weight 0.1 --ema 0.5 --collector average",),
-    "vgrpo": ("--chunk 2 --micro_batch 8", "--group_noise false --method heun"),
+    "vgrpo": ("--one_ratio false --micro_batch 8", "--group_noise false --method heun"),
     "tmpo": ("--match cross --standardise false", "--match cross --beta 15"),
 }
 # The loop's own, for every algorithm.
 LOOP = (
     "--updates 3",
+    "--updates 2 --kl_weight 0.1",
+    "--updates 2 --hold_weight 0.1",
+    "--updates 2 --hold_weight 0.1 --train_where first",
+    "--updates 2 --micro_batch 12",
+    "--updates 2 --micro_batch 30",
     "--ema 0.5",
     "--ema 0.5 --collector average --updates 2",
     "--shuffle true",
@@ -126,11 +132,11 @@ IMAGES = (
     f"{LARGE} --updates 2 --precision float32",
     f"{LARGE} --updates 2 --lora_rank 0 --lora_alpha 0",
     f"{LARGE} {SEVERAL}",
-    f"{LARGE} {SEVERAL} --combine rewards --advantage_scale batch",
+    f"{LARGE} {SEVERAL} --combine rewards --with slas --advantage_power 0",
     f"{LARGE} {SEVERAL} --algorithm flow",
 )
 
-# How the words of the record are said today: settings that other papers brought stand in modifiers now.
+# How the words of a record without a mark are said today: it was made when these settings were the algorithms' own.
 MODIFIER = {
     "advantage_power": "slas",
     "advantage_scale": "slas",
@@ -150,10 +156,10 @@ def written(value):
     return value if isinstance(value, str) else f"{value:g}"
 
 
-def values(algorithm):
-    "Each setting of an algorithm with each value that is not its default."
-    hints = get_type_hints(algorithm)
-    for field in fields(algorithm):
+def values(settings):
+    "Each setting of an algorithm or a modifier with each value that is not its default."
+    hints = get_type_hints(settings)
+    for field in own_fields(settings):
         hint, name = hints[field.name], field.name
         choices = get_args(hint) if get_origin(hint) is Literal else ("false", "true") if hint is bool else None
         for value in choices or NUMBERS[name].split():
@@ -161,11 +167,22 @@ def values(algorithm):
                 yield name, value
 
 
-def beside(algorithm, name):
-    "What has to be said beside a setting, so far as the algorithm knows it."
+def beside(name, *settings):
+    "What has to be said beside a setting, so far as an algorithm and its modifiers know it."
     words = BESIDE.get(name, "").split()
-    known = {field.name for field in fields(algorithm)}
+    known = {field.name for cls in settings for field in own_fields(cls)}
     return "".join(f" {word} {value}" for word, value in zip(words[::2], words[1::2]) if word[2:] in known)
+
+
+def modified(name, algorithm):
+    "What the command line says of each modifier around an algorithm, the settings one by one; some do not fit."
+    along = brought_along(name)
+    for other, modifier in MODIFIERS.items():
+        around = f"--with {' '.join(sorted({*along, other}))}"
+        if other not in along:
+            yield around + beside(other, algorithm, modifier)
+        for setting, value in values(modifier):
+            yield f"{around} --{setting} {value}{beside(setting, algorithm, modifier)}"
 
 
 def command_lines():
@@ -174,7 +191,8 @@ def command_lines():
         toy = f"{TOY} --algorithm {name}"
         yield from (toy, f"{DIGITS} --algorithm {name}", *(f"{toy} {words}" for words in LOOP))
         for setting, value in values(algorithm):
-            yield f"{toy} --updates 2 --{setting} {value}{beside(algorithm, setting)}"
+            yield f"{toy} --updates 2 --{setting} {value}{beside(setting, algorithm)}"
+        yield from (f"{toy} --updates 2 {words}" for words in modified(name, algorithm))
         yield from (f"{toy} --updates 2 {words}" for words in TOGETHER.get(name, ()))
     yield from IMAGES
 
@@ -274,7 +292,7 @@ def run_case(arguments, networks):
             shutil.copytree(networks, folder)
         torch.manual_seed(0)
         with contextlib.redirect_stderr(said):
-            status = neighbor_grpo(["train", *today(arguments), "--quiet", "--out", str(folder)])
+            status = neighbor_grpo(["train", *arguments, "--quiet", "--out", str(folder)])
         if status and not (folder / "metrics.jsonl").exists():
             return dict(refused=said.getvalue().strip())
         if status:
@@ -345,7 +363,15 @@ def write(path, cases, results):
     said = {name: dict(arguments=" ".join(words), **results[name]) for name, words in cases.items()}
     lines = (f"{json.dumps(name)}: {json.dumps(case, separators=(',', ':'))}" for name, case in said.items())
     body = ",\n".join(lines)
-    path.write_text(f'{{"made": {json.dumps(maker())},\n"cases": {{\n{body}\n}}}}\n', encoding="utf-8")
+    head = f'"made": {json.dumps(maker())},\n"words": "modifiers"'
+    path.write_text(f'{{{head},\n"cases": {{\n{body}\n}}}}\n', encoding="utf-8")
+
+
+def read(path):
+    "A record, with its cases said as today."
+    record = json.loads(path.read_text(encoding="utf-8"))
+    cases = {name: case["arguments"].split() for name, case in record["cases"].items()}
+    return record, cases if "words" in record else {name: today(words) for name, words in cases.items()}
 
 
 def check(record, cases):
@@ -369,9 +395,9 @@ def main(argv=None):
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name has a match")
     parser.add_argument("--record", type=Path, default=RECORD, help="another file")
     options = parser.parse_args(argv)
-    record = json.loads(options.record.read_text(encoding="utf-8")) if options.check else None
-    cases = {name_of(line): line.split() for line in command_lines()} if record is None else {}
-    cases |= {name: case["arguments"].split() for name, case in record["cases"].items()} if record else {}
+    record, cases = read(options.record) if options.check else (None, {})
+    if record is None:
+        cases = {name_of(line): line.split() for line in command_lines()}
     cases = {name: words for name, words in cases.items() if re.search(options.only, name)}
     if record is None:
         write(options.record, cases, run_cases(cases))
