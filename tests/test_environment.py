@@ -15,10 +15,13 @@ from torch import nn
 from neighbor_grpo import cli
 from neighbor_grpo.grpo import SurrogateStats
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, make, modified
+from neighbor_grpo.rivals.gaussian import FlowGRPO
+from neighbor_grpo.rollouts import Watched
 from neighbor_grpo.runs import processes as distributed
 from neighbor_grpo.runs.processes import CHECKED, check_environment, check_world, make_accelerator, tracker_names
 from neighbor_grpo.tasks.images import choose_device
+from neighbor_grpo.training import VelocityPenalty
 
 SHORT = "train toy --pretrain_steps 2 --iterations 1 --groups 2 --group_size 4 --steps 3 --trained_steps 1 --quiet"
 
@@ -197,35 +200,39 @@ class OnMPS(torch.Tensor):
         return result
 
 
-KINDS = [(name, {}) for name in ALGORITHMS] + [
-    ("neighbor", dict(train_step="rollout")),
-    ("neighbor", dict(train_step="rollout", method="ab2", time_weight="equal")),
-    ("neighbor", dict(guard=True, scouts=8, micro_batch=4)),
-    ("flow", dict(guard=True, time_weight="noise")),
-]
+SMALL = dict(group_size=6)
+KINDS = {
+    **{name: make(name, **SMALL) for name in ALGORITHMS},
+    "neighbor-rollout": NeighborGRPO(leap_from="rollout", **SMALL),
+    "neighbor-ab2": NeighborGRPO(leap_from="rollout", method="ab2", **SMALL),
+    "neighbor-modified": modified(NeighborGRPO(**SMALL), "guard", "previews", "slas", scouts=8),
+    "flow-modified": modified(FlowGRPO(**SMALL), "guard", "weights", "chunks", "replay", time_weight="noise", chunk=3),
+}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join([kind[0], *map(str, kind[1].values())]))
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_algorithm_asks_a_device_for_float64(kind):
-    name, more = kind
+    algorithm = KINDS[kind]
     torch.manual_seed(0)
     net = nn.Linear(2, 2)
-    velocity = lambda x, t, cond: net(x) * t[:, None]
-    algorithm = ALGORITHMS[name](group_size=6, **more)
+    velocity = Watched(lambda x, t, cond: net(x) * t[:, None])
     reward = lambda samples: samples[..., 0].as_subclass(torch.Tensor)
     noise = torch.randn(2, 2).as_subclass(OnMPS)
     rollout = algorithm.rollout(velocity, noise, None, None, 0, reward)
     assert isinstance(rollout.x, OnMPS) and isinstance(rollout.ts, OnMPS)
-    credit = algorithm.advantages(rollout.samples[..., 0].as_subclass(torch.Tensor))
-    count = 0
-    for loss in algorithm.losses(velocity, rollout, credit, reference=velocity, stats=SurrogateStats()):
-        loss.backward()
-        count += 1
-    assert count > 0 and isinstance(loss, OnMPS)
+    rollout, rewards, _ = algorithm.recall(rollout, reward(rollout.samples), torch.arange(2), {}, None)
+    advantages, states = algorithm.advantages(rewards), algorithm.choose(rollout, None)
+    for micro_batch in (0, 2 * algorithm.together):
+        for part in states.split(micro_batch):
+            loss = algorithm.loss(velocity, rollout, part, advantages, False, SurrogateStats().surrogate)
+            weights = algorithm.distance_weights(rollout, part)
+            loss = loss + VelocityPenalty(0.1).at_trained(velocity, velocity.velocity, weights)
+            loss.backward()
+            assert isinstance(loss, OnMPS)
 
 
 def test_the_emulation_sees_float64():
     with pytest.raises(AssertionError, match="float64 on MPS"):
         torch.ones(2).as_subclass(OnMPS).double()
     assert torch.ones(2).as_subclass(OnMPS).cpu().double().dtype == torch.float64
-    assert NeighborGRPO(train_step="rollout").method == "dpm++2m"
+    assert NeighborGRPO(leap_from="rollout").method == "dpm++2m"
