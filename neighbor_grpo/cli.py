@@ -552,7 +552,7 @@ def launched(
         return
     distributed = importlib.import_module("neighbor_grpo.runs.processes")
     accelerator = distributed.make_accelerator(out, values.trackers)
-    tracked = lambda trainer: distributed.Tracking(accelerator, trainer)
+    tracked = lambda trainer: importlib.import_module("neighbor_grpo.runs.tracking").Tracking(accelerator, trainer)
     try: yield distributed.splitter(accelerator), tracked if values.trackers else untracked
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
@@ -893,7 +893,7 @@ def stoppable(
         why = "" if number == signal.SIGINT else signal.Signals(number).name
         half_way = [trainer for trainer in RUNNING if trainer.moved and len(heard) < 3]
         if not half_way: raise KeyboardInterrupt(why)
-        for trainer in half_way: trainer.asked = trainer.asked or why
+        for trainer in half_way: trainer.stop_reason = trainer.stop_reason or why
 
     before = {number: signal.getsignal(number) for number in STOPS if main_thread}
     before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}

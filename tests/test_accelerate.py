@@ -25,17 +25,10 @@ from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings, decode, encode_prom
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rollouts import take
 from neighbor_grpo.runs import processes as distributed
+from neighbor_grpo.runs import tracking
 from neighbor_grpo.runs.folder import gather, read_rows
-from neighbor_grpo.runs.processes import (
-    TRACKERS,
-    Tracking,
-    check_environment,
-    check_world,
-    flattened,
-    image_grid,
-    make_accelerator,
-    splitter,
-)
+from neighbor_grpo.runs.processes import check_environment, check_world, make_accelerator, splitter
+from neighbor_grpo.runs.tracking import TRACKERS, Tracking, flattened, image_grid
 from neighbor_grpo.runs.trainer import Trainer, trained_state
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Task, TrainSettings
@@ -429,7 +422,7 @@ def test_what_is_not_supported_is_refused_before_anything_starts(case, monkeypat
 
 
 def test_a_tracker_that_is_not_installed_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="trackers must be installed: pip install wandb, got 'wandb'"):
         make_accelerator(tmp_path, " wandb")
 

@@ -19,7 +19,9 @@ from neighbor_grpo.rivals.catalogue import ALGORITHMS, make, modified
 from neighbor_grpo.rivals.gaussian import FlowGRPO
 from neighbor_grpo.rollouts import Watched
 from neighbor_grpo.runs import processes as distributed
-from neighbor_grpo.runs.processes import CHECKED, check_environment, check_world, make_accelerator, tracker_names
+from neighbor_grpo.runs import tracking
+from neighbor_grpo.runs.processes import CHECKED, check_environment, check_world, make_accelerator
+from neighbor_grpo.runs.tracking import tracker_names
 from neighbor_grpo.tasks.images import choose_device
 from neighbor_grpo.training import VelocityPenalty
 
@@ -42,10 +44,10 @@ def clean(monkeypatch):
 
 
 def test_a_folder_of_the_trackers_name_is_no_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "TRACKERS", ("no_such_tracker",))
+    monkeypatch.setattr(tracking, "TRACKERS", ("no_such_tracker",))
     (tmp_path / "no_such_tracker" / "run-1").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
-    assert distributed.find_spec("no_such_tracker") is not None, "Python sees a namespace"
+    assert tracking.find_spec("no_such_tracker") is not None, "Python sees a namespace"
     with pytest.raises(ValueError, match="trackers must be installed: pip install no_such_tracker"):
         tracker_names("no_such_tracker")
 

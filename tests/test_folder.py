@@ -23,7 +23,16 @@ from helpers import TinyTask, assert_same_outcome, differences
 from neighbor_grpo import cli  # imported once, before processes are forked
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.runs import folder as run_folder
-from neighbor_grpo.runs.folder import Checkpoints, append_row, held, kept, load_tensors, new_folder, open_run, read_rows
+from neighbor_grpo.runs.folder import (
+    Checkpoints,
+    append_row,
+    hold_folder,
+    load_or_train,
+    load_tensors,
+    new_folder,
+    open_run,
+    read_rows,
+)
 from neighbor_grpo.runs.trainer import Trainer, plot_run, run_config
 from neighbor_grpo.tasks import digits, toy2d  # noqa: F401  # imported once, before processes are forked
 from neighbor_grpo.training import TrainSettings
@@ -38,7 +47,7 @@ class Task(TinyTask):
 
     def __init__(self, out):
         super().__init__()
-        self.base = kept(out, "base", torch.nn.Linear(2, 2), lambda network: network)
+        self.base = load_or_train(out, "base", torch.nn.Linear(2, 2), lambda network: network)
 
 
 def run(out, resume=False, **settings):
@@ -166,7 +175,7 @@ def test_what_is_done_is_on_the_disk(tmp_path, monkeypatch):
         append_row(root / "a" / "rows.jsonl", {"iteration": 1})
         append_row(root / "a" / "rows.jsonl", {"iteration": 2})
         assert there()[Path("a/rows.jsonl")].count(b"\n") == 2
-        kept(root / "a", "net", torch.nn.Linear(1, 1), lambda network: network)
+        load_or_train(root / "a", "net", torch.nn.Linear(1, 1), lambda network: network)
         assert there()[Path("a/net.safetensors")] == (root / "a" / "net.safetensors").read_bytes()
         checkpoints = Checkpoints(root / "a" / "checkpoints")
         checkpoints.save(3, {"policy": {"w": torch.ones(2)}}, {"iteration": 3})
@@ -295,9 +304,9 @@ def kill(pid):
 @posix
 def test_a_held_folder_is_refused_until_its_holder_is_gone(copy, whole):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    pid = child(lambda: held(copy))
+    pid = child(lambda: hold_folder(copy))
     try:
-        for action in (lambda: run(copy, resume=True), lambda: held(copy).__enter__()):
+        for action in (lambda: run(copy, resume=True), lambda: hold_folder(copy).__enter__()):
             with pytest.raises(ValueError, match=f"{re.escape(str(copy))} is in use: process {pid} on"):
                 action()
         Checkpoints(copy / "checkpoints").load()  # reading is free
@@ -315,7 +324,7 @@ def test_a_held_folder_is_refused_until_its_holder_is_gone(copy, whole):
 def test_a_refused_command_leaves_the_folder_to_its_holder(tmp_path, capfd):
     folder = tmp_path / "run"
     line = ["train", "toy", "--quiet", "--out", str(folder)]
-    pid = child(lambda: held(folder))
+    pid = child(lambda: hold_folder(folder))
     try:
         assert cli.main(line) == 1 and "is in use: process" in capfd.readouterr().err
         assert [path.name for path in folder.iterdir()] == [".lock"]
@@ -325,7 +334,7 @@ def test_a_refused_command_leaves_the_folder_to_its_holder(tmp_path, capfd):
 
 def test_the_same_process_may_hold_a_folder_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with held(Path("run")), held(tmp_path / "run"):
+    with hold_folder(Path("run")), hold_folder(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").exists()
 
 
@@ -334,12 +343,12 @@ def test_other_threads_are_refused(tmp_path):
 
     def other():
         try:
-            with held(tmp_path):
+            with hold_folder(tmp_path):
                 pass
         except ValueError as e:
             refused.append(str(e))
 
-    with held(tmp_path):
+    with hold_folder(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()

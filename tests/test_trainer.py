@@ -16,7 +16,7 @@ from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.runs import trainer as trainer_module
-from neighbor_grpo.runs.folder import Checkpoints, append_row, kept, read_config, read_rows, write_atomically
+from neighbor_grpo.runs.folder import Checkpoints, append_row, load_or_train, read_config, read_rows, write_atomically
 from neighbor_grpo.runs.trainer import Trainer, load_trained, plot_run, trained_state
 from neighbor_grpo.training import TrainSettings, train
 
@@ -418,11 +418,11 @@ def test_a_kept_network_is_trained_once(tmp_path):
         return network
 
     for _ in range(2):
-        network = kept(tmp_path, "base", torch.nn.Linear(2, 2), train)
+        network = load_or_train(tmp_path, "base", torch.nn.Linear(2, 2), train)
         assert (network.weight == 2).all() and not network.training
         assert not any(p.requires_grad for p in network.parameters())
     assert len(trained) == 1 and [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
-    kept(None, "base", torch.nn.Linear(2, 2), train)
+    load_or_train(None, "base", torch.nn.Linear(2, 2), train)
     assert len(trained) == 2
 
 

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from ..rollouts import Algorithm
 from ..flow import require
-from ..runs.folder import (Checkpoints, check_config, held, make_folder, open_run, read_config, read_rows,
+from ..runs.folder import (Checkpoints, check_config, hold_folder, make_folder, open_run, read_config, read_rows,
                                   write_atomically, write_config)
 from ..runs.trainer import Trainer, run_config, save_picture
 from ..training import Task, TrainSettings, evaluations, penalties_of
@@ -181,7 +181,7 @@ def train_run(
     folder: Path,  # of the run
 ) -> None:
     "Train until all budgets are reached, from the newest checkpoint if there is one."
-    with held(folder):
+    with hold_folder(folder):
         files = (file for end in ("safetensors", "json") for file in pretrained.glob(f"*.{end}"))
         for file in files: write_atomically(folder / file.name, file.read_bytes())
         train_held(report, study, variant, seed, rate, folder)
@@ -527,7 +527,7 @@ def run_study(
     require(isinstance(jobs, int) and jobs >= 1, "jobs", jobs, "an integer >= 1")
     out = Path(out)
     claim(study, out)
-    with held(out):
+    with hold_folder(out):
         prepare(study, out, jobs)
         failed = train_all(study, out, jobs, progress)
         write_results(curves(study, out), study.budgets, study.target, out)

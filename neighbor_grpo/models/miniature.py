@@ -30,7 +30,7 @@ from tqdm.auto import trange
 
 from ..rollouts import check_types, take
 from ..flow import Velocity, interpolate, one_cycle, randn, require, seeded, time_grid, velocity_target
-from ..runs.folder import (append_row, check_config, held, make_folder, read_rows, to_line, without_clock,
+from ..runs.folder import (append_row, check_config, hold_folder, make_folder, read_rows, to_line, without_clock,
                                   write_atomically)
 from ..tasks.scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words
 from .sd3 import (MINIATURE, SD3Policy, SD3Settings, absolute, check_source, decode, encode_prompts,
@@ -524,7 +524,7 @@ def pretrain(
     "Make the miniature. A pretraining that was killed goes on where it was, with the same bits."
     folder = Path(folder)
     claim_pretraining(folder, settings)
-    with held(folder / PROGRESS): make_miniature(folder, settings, progress)
+    with hold_folder(folder / PROGRESS): make_miniature(folder, settings, progress)
     shutil.rmtree(folder / PROGRESS)
     return open_pipeline(folder)
 

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'average_gradients', 'whole', 'put_together', 'split_as', 'flat_optimizer', 'load_optimizer', 'flat_state',
-           'put_state', 'Snapshot', 'snapshot_of', 'trained_state', 'load_trained', 'run_config', 'Trainer',
+           'load_state', 'Snapshot', 'snapshot_of', 'trained_state', 'load_trained', 'run_config', 'Trainer',
            'save_picture', 'plot_run', 'draw_panels']
 
 # %% ../../nbs/runs/trainer.ipynb #6d1d1d43
 import io
 import json
 import math
-import os
 import platform
 import time
 from collections import deque
@@ -31,9 +30,9 @@ from ..flow import Velocity, require
 from ..rivals.catalogue import modifiers_of
 from ..rivals.modifiers import base
 from ..rollouts import Algorithm
-from .folder import (Checkpoints, append_row, first_alone, gather, held, kept, load_tensors, make_folder,
-                                       open_run, save_tensors, settled_rows, sync_folder, to_line, without_clock, world,
-                                       write_atomically)
+from .folder import (Checkpoints, append_row, first_alone, gather, hold_folder, load_or_train,
+                                       load_tensors, open_run, save_tensors_atomically, settled_rows, to_line,
+                                       without_clock, world, write_atomically)
 from ..training import Run, Task, TrainSettings, train
 
 if TYPE_CHECKING: import matplotlib.pyplot as plt  # takes half a second: imported where it draws
@@ -96,7 +95,7 @@ def flat_state(
     return tensors
 
 
-def put_state(
+def load_state(
     parts: dict,  # as of `flat_state`, freshly made; changed in place
     tensors: dict[str, Tensor],  # of `flat_state`
 ) -> None:
@@ -118,15 +117,15 @@ class Snapshot:
                  name: str,  # of the network
                  every: float = 30.0,  # seconds between two writes
                  **more: object):  # further parts of the state, which the training does not know of
-        self.path, self.every, self.more = Path(folder) / f".{name}.progress", every, more
-        self.written = time.monotonic()
+        self.path, self.every, self.more_parts = Path(folder) / f".{name}.progress", every, more
+        self.last_save = time.monotonic()
 
     def restore(self, **parts: object) -> int:
         "Put all parts where a killed training left them; returns how many steps were done."
         if not self.path.exists(): return 0
         try:
             tensors = load_tensors(self.path)
-            put_state(parts | self.more, tensors)
+            load_state(parts | self.more_parts, tensors)
             return int(tensors["done"])
         except (SafetensorError, KeyError, RuntimeError, ValueError) as e:
             text = f"{self.path} is damaged: {' '.join(str(e).split())}; remove it to train from the start"
@@ -134,14 +133,11 @@ class Snapshot:
 
     def save(self, done: int, now: bool = False, **parts: object) -> None:
         "Write the state after so many steps, if it is time or has to be now."
-        early = not now and time.monotonic() - self.written < self.every
+        early = not now and time.monotonic() - self.last_save < self.every
         if early or world()[0] > 0: return
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        make_folder(self.path.parent)
-        save_tensors(partial, flat_state(parts | self.more) | {"done": torch.tensor(done)})
-        os.replace(partial, self.path)
-        sync_folder(self.path.parent)
-        self.written = time.monotonic()
+        tensors = flat_state(parts | self.more_parts) | {"done": torch.tensor(done)}
+        save_tensors_atomically(self.path, tensors)
+        self.last_save = time.monotonic()
 
 
 def snapshot_of(
@@ -189,21 +185,23 @@ class Trainer(Run):
                  resume: bool = False,  # continue the run in `out`
                  config: dict | None = None,  # more to remember in config.json
                  split: Callable[[nn.Module], object] | None = None):  # splits a network over the processes, in place
-        self.out, self.split, self.resume, self.size = Path(out) if out is not None else None, split, resume, 0
-        self.about, self.asked = run_config(algorithm, settings, **(config or {})), None  # why the run shall stop
-        (self.rank, self.processes) = world()
-        size = self.processes
-        require(settings.groups % size == 0, "groups", settings.groups, f"a multiple of the {size} processes")
+        self.out, self.resume, self.split = Path(out) if out is not None else None, resume, split
+        self.config = run_config(algorithm, settings, **(config or {}))
+        self.stop_reason: str | None = None  # whoever sets it ends the run after its iteration
+        self.bytes_seen = 0  # of the rows in the folder, as this trainer left them
+        self.rank, self.processes = world()
+        allowed = f"a multiple of the {self.processes} processes"
+        require(settings.groups % self.processes == 0, "groups", settings.groups, allowed)
         super().__init__(task, algorithm, settings)
 
     def prepare(self) -> None:
         "Make reference and optimizer; go back to the newest checkpoint of the run folder."
         s, size = self.settings, self.processes
         self.groups = self.groups[self.rank * s.groups // size:][:s.groups // size]
-        with open_run(self.out, self.about, self.resume) if self.out else nullcontext():
+        with open_run(self.out, self.config, self.resume) if self.out else nullcontext():
             if self.out: self.checkpoints = Checkpoints(self.out / "checkpoints", s.keep)
             if self.penalties:  # from the run folder on resume: the task's policy may have moved since
-                self.reference = kept(self.out, "reference", self.task.reference(), lambda network: network)
+                self.reference = load_or_train(self.out, "reference", self.task.reference(), lambda network: network)
             copies = [self.average.module if self.average else None, self.reference]  # made from the whole policy
             for network in [self.policy, *copies] if self.split else ():
                 if network and [*network.parameters()]: self.split(network)
@@ -223,21 +221,21 @@ class Trainer(Run):
     def step(self) -> dict:
         "One iteration; a run that was asked to stop ends after it."
         row = super().step()
-        if self.asked is not None: raise KeyboardInterrupt(self.asked)
+        if self.stop_reason is not None: raise KeyboardInterrupt(self.stop_reason)
         return row
 
     def record(self, file: str, rows: list[dict], row: dict) -> None:
         "Remember a row, in memory and in the run folder."
         rows.append(json.loads(to_line(row)))  # as a resumed run will read it
         if self.out and self.rank == 0: append_row(self.out / file, row)
-        self.size = self.written()
+        self.bytes_seen = self.count_bytes()
 
     def rest(self) -> None:
         "A checkpoint, when it is due."
         if self.due(self.settings.checkpoint_every): self.save()
 
-    def written(self) -> int:
-        "Bytes of all rows in the run folder; they change if another process works there."
+    def count_bytes(self) -> int:
+        "How long the rows in the run folder are, which changes if another process works there."
         if not self.out or self.rank > 0: return 0
         return sum((self.out / file).stat().st_size for file in ROWS if (self.out / file).exists())
 
@@ -272,17 +270,17 @@ class Trainer(Run):
         gather("read")  # before anything is written
         for file, rows in zip(ROWS, (self.rows, self.evals)):
             if self.rank == 0: write_atomically(self.out / file, "".join(map(to_line, rows)))
-        self.size = self.written()
+        self.bytes_seen = self.count_bytes()
 
     def check_untouched(self) -> None:
         "Refuse to go on if another process has worked in the run folder since this one looked."
-        same = self.size == self.written()
+        same = self.bytes_seen == self.count_bytes()
         require(same, "out", str(self.out), "as this trainer left it; make a new one with resume=True")
 
     def run(self, progress: bool = True,  # show a progress bar
             callback: "Callable[[Trainer], None] | None" = None) -> "Trainer":  # after each iteration
         "Train to the last iteration."
-        with held(self.out):
+        with hold_folder(self.out):
             first_alone(self.check_untouched)
             try: return train(self.task, self.algorithm, self.settings, self, progress, callback)
             except BaseException:

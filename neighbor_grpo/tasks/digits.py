@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..rollouts import check_types
 from ..flow import TimeEmbedding, Velocity, randn, require, seeded, time_grid, train_flow
 from ..solvers import solve
-from ..runs.folder import kept
+from ..runs.folder import load_or_train
 from ..runs.trainer import draw_panels, snapshot_of
 from ..training import Task
 
@@ -176,9 +176,9 @@ class DigitsTask(Task):
         images, labels = load_images()
         mine, other = halves(len(images))
         torch.manual_seed(seed)
-        self.reward_model = kept(folder, "reward", Classifier(16),
+        self.reward_model = load_or_train(folder, "reward", Classifier(16),
                                  lambda network: train_classifier(network, images[mine], labels[mine], seed=seed))
-        self.judge = kept(folder, "judge", Classifier(24),
+        self.judge = load_or_train(folder, "judge", Classifier(24),
                           lambda network: train_classifier(network, images[other], labels[other], seed=seed + 1))
 
         def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ class DigitsTask(Task):
             return images[rows], labels[rows].masked_fill(nameless, NULL)
 
         snapshot = snapshot_of(folder, "base")
-        self.base = kept(folder, "base", UNet(), lambda network: train_flow(
+        self.base = load_or_train(folder, "base", UNet(), lambda network: train_flow(
             network, batch, settings.pretrain_steps, 4e-3, seed=seed, progress=progress, snapshot=snapshot)[0])
         self.policy = copy.deepcopy(self.base).requires_grad_(True)
         self.real = images[labels == settings.target] if settings.reward == "class" else images

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..rollouts import check_types
 from ..flow import Velocity, VelocityMLP, eight_gaussians, randn, require, seeded, time_grid, train_flow
 from ..solvers import solve
-from ..runs.folder import kept
+from ..runs.folder import load_or_train
 from ..runs.trainer import draw_panels, snapshot_of
 from ..training import Task
 
@@ -75,7 +75,7 @@ class ToyTask(Task):
         pretrain = lambda net: train_flow(net, batch, settings.pretrain_steps, seed=seed,
                                           progress=progress, snapshot=snapshot)[0]
         torch.manual_seed(seed)
-        self.base = kept(folder, "base", VelocityMLP(2, 64, 2), pretrain)
+        self.base = load_or_train(folder, "base", VelocityMLP(2, 64, 2), pretrain)
         self.policy = copy.deepcopy(self.base).requires_grad_(True)
 
     def conditions(self, prompts: Tensor) -> None:
