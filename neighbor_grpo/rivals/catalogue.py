@@ -13,22 +13,26 @@ from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
 from .gaussian import DanceGRPO, FlowGRPO
 from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
-from .modifiers import (ChunkedRatios, GuardedRatios, Modifier, Previews, ShapedAdvantages, TimeWeights,
-                                            base)
+from .modifiers import (ChunkedRatios, GuardedRatios, Modifier, Previews,
+                                            ShapedAdvantages, TimeWeights, base)
 from .trajectories import OPGRPO, TMPO, Replay
 from ..rollouts import Algorithm
 
 # %% ../../nbs/rivals/catalogue.ipynb #b7538f3a
 ALGORITHMS: dict[str, type] = {
-    "neighbor": NeighborGRPO, "flow": FlowGRPO, "dance": DanceGRPO, "mix": MixGRPO, "mix-flash": MixGRPOFlash,
-    "mix-flash-star": MixGRPOFlashStar, "tempflow": TempFlowGRPO, "op": OPGRPO, "nft": DiffusionNFT, "vgrpo": VGRPO,
+    "neighbor": NeighborGRPO,
+    "flow": FlowGRPO, "dance": DanceGRPO,
+    "mix": MixGRPO, "mix-flash": MixGRPOFlash, "mix-flash-star": MixGRPOFlashStar,
+    "tempflow": TempFlowGRPO,
+    "op": OPGRPO,
+    "nft": DiffusionNFT, "vgrpo": VGRPO,
     "tmpo": TMPO,
 }
 
 # %% ../../nbs/rivals/catalogue.ipynb #7481f659
 MODIFIERS: dict[str, type] = {
-    "weights": TimeWeights, "guard": GuardedRatios, "chunks": ChunkedRatios, "slas": ShapedAdvantages,
-    "previews": Previews, "replay": Replay,
+    "weights": TimeWeights, "guard": GuardedRatios, "chunks": ChunkedRatios,
+    "slas": ShapedAdvantages, "previews": Previews, "replay": Replay,
 }  # from the inside to the outside
 
 
@@ -42,10 +46,10 @@ def own_fields(
 def modifiers_of(
     algorithm: Algorithm,  # with or without modifiers
 ) -> dict[str, dict]:
-    "The settings of the modifiers around an algorithm, by their names, from the inside to the outside."
+    "The settings of the modifiers around it by name, from the inside to the outside."
     if not isinstance(algorithm, Modifier): return {}
-    kind = type(algorithm)
-    name = next((name for name, known in MODIFIERS.items() if known is kind), kind.__name__)  # one without a name: its class's
+    kind, names = type(algorithm), {kind: name for name, kind in MODIFIERS.items()}
+    name = names.get(kind, kind.__name__)  # without a name: that of its class
     settings = {f.name: getattr(algorithm, f.name) for f in own_fields(kind)}
     return modifiers_of(algorithm.algorithm) | {name: settings}
 
@@ -80,10 +84,11 @@ def make(
     require(name in ALGORITHMS, "name", name, f"one of {', '.join(ALGORITHMS)}")
     kind, along = ALGORITHMS[name], BROUGHT_ALONG.get(name, {})
     own = {f.name for f in fields(kind)}
-    check_known(settings, own | {f.name for other in along for f in own_fields(MODIFIERS[other])}, name)
+    check_known(settings, own.union(f.name for m in along for f in own_fields(MODIFIERS[m])), name)
+    algorithm = kind(**{key: value for key, value in settings.items() if key in own})
     theirs = {key: value for values in along.values() for key, value in values.items()}
     theirs |= {key: value for key, value in settings.items() if key not in own}
-    return modified(kind(**{key: settings[key] for key in settings if key in own}), *along, **theirs)
+    return modified(algorithm, *along, **theirs)
 
 
 def check_known(
@@ -93,4 +98,5 @@ def check_known(
 ) -> None:
     "Refuse settings that nobody has."
     unknown = sorted(settings.keys() - known)
-    require(not unknown, "settings", unknown, f"those of {whose}: {', '.join(sorted(known)) or 'none'}")
+    allowed = f"those of {whose}: {', '.join(sorted(known)) or 'none'}"
+    require(not unknown, "settings", unknown, allowed)

@@ -60,8 +60,9 @@ class ForwardProcess(Algorithm):
         "`(P, *shape) -> (P, count, *shape)`: independent noises."
         return neighbor_noise(noise, count, 1.0, generator)
 
-    def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0, reward: Reward | None = None) -> Rollout:
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
+               generator: Generators = None, iteration: int = 0,
+               reward: Reward | None = None) -> Rollout:
         "Solve the ODE, then noise its samples K times: states at decreasing times, and the sample itself as the last."
         (groups, size), count = start.shape[:2], self.trained_steps
         grid, cond_each = time_grid(self.steps, self.shift, self.grid), for_each(cond, groups, size)
@@ -110,7 +111,7 @@ class DiffusionNFT(ForwardProcess):
     beta: float = 1.0
     "b > 0: how much of the new velocity goes into the two mixtures."
     advantage_clip: float = 5.0
-    "Standardised advantages are clipped to plus and minus this, and so mapped to [0, 1]."
+    "Standardized advantages are clipped to plus and minus this, and so mapped to [0, 1]."
 
     def __post_init__(self):
         super().__post_init__()
@@ -123,8 +124,8 @@ class DiffusionNFT(ForwardProcess):
         "`(P, G[, R]) -> (P, G)`: standardized and clipped."
         return standardized(rewards, weights, standardize).clamp(-self.advantage_clip, self.advantage_clip)
 
-    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
-             surrogate: Surrogate = surrogate) -> Tensor:
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
+             on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         "The regressions of both mixtures, weighted with r and 1 - r. There is no ratio to keep statistics of."
         v = velocity(*states.inputs(rollout)).to(rollout.x.dtype)  # the mixtures need full precision, whatever the network answers in
         old = v.detach() if on_policy else states.select(rollout.v)
@@ -160,8 +161,8 @@ class VGRPO(ForwardProcess):
         "`(P, G[, R]) -> (P, G)`: standardized and softly clipped."
         return self.soft_clip * (standardized(rewards, weights, standardize) / self.soft_clip).tanh()
 
-    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
-             surrogate: Surrogate = surrogate) -> Tensor:
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
+             on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         "The clipped ratio, with minus the regression for a log-probability, each policy's over its own error."
         log_prob = -self.regression(rollout, states, velocity(*states.inputs(rollout)))
         old = log_prob.detach() if on_policy else -self.regression(rollout, states, states.select(rollout.v))

@@ -91,8 +91,9 @@ class MixGRPO(SDEGRPO):
         tail = torch.linspace(end, self.steps, kept + 1, dtype=torch.float64).round().long()
         return torch.cat([ts[:end], ts[tail]])
 
-    def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0, reward: Reward | None = None) -> Rollout:
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
+               generator: Generators = None, iteration: int = 0,
+               reward: Reward | None = None) -> Rollout:
         "Euler steps to the window, Gaussian steps in it, `tail_method` after it."
         groups, size = start.shape[:2]
         ts, window, paths, x = self.thinned(iteration), self.window(iteration), [], start.flatten(0, 1)
@@ -158,8 +159,9 @@ class TempFlowGRPO(SDEGRPO):
         require(self.trained_steps == 1, "trained_steps", self.trained_steps, "1, the step where the group branches")
         require(self.shared_noise, "shared_noise", self.shared_noise, "True: a group has one trunk")
 
-    def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0, reward: Reward | None = None) -> Rollout:
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
+               generator: Generators = None, iteration: int = 0,
+               reward: Reward | None = None) -> Rollout:
         "Every group branches at a step of its own; before that, one row is evaluated for all its candidates."
         (groups, size), x = start.shape[:2], start.flatten(0, 1)
         cond_each, ts = for_each(cond, groups, size), self.times().to(x)
@@ -182,8 +184,8 @@ class TempFlowGRPO(SDEGRPO):
         steps = noisy_steps(rollout)
         return States.product(steps, torch.zeros_like(steps), rollout.x.device)
 
-    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
-             surrogate: Surrogate = surrogate) -> Tensor:
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
+             on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         "Each branch with its own advantage, so divided that a group counts as much as G states would on average."
         log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
         old = log_prob.detach() if on_policy else self.log_prob(rollout, states, states.select(rollout.v))

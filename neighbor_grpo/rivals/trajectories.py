@@ -53,11 +53,14 @@ class Replay(Modifier):
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 <= self.replay < self.group_size, "replay", self.replay, f"an integer in [0, {self.group_size - 1}]")
-        for name in ("memory_size", "memory_age"): require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        most = self.group_size - 1
+        require(0 <= self.replay <= most, "replay", self.replay, f"an integer in [0, {most}]")
+        require(self.memory_size >= 1, "memory_size", self.memory_size, ">= 1")
+        require(self.memory_age >= 1, "memory_age", self.memory_age, ">= 1")
         own = base(self)
-        every = isinstance(own, SDEGRPO) and type(own).follow is SDEGRPO.follow  # at the same times in every iteration
-        require(every or self.replay == 0, type(self).__name__, f"around {type(own).__name__}", "around an algorithm that draws every step")
+        same = isinstance(own, SDEGRPO) and type(own).follow is SDEGRPO.follow  # steps and times
+        where, allowed = f"around {type(own).__name__}", "around an algorithm that draws every step"
+        require(same or self.replay == 0, type(self).__name__, where, allowed)
 
     def recall(self, rollout: Rollout, rewards: Tensor, prompts: Tensor, memory: dict[str, Tensor],
                generator: Generators = None) -> tuple[Rollout, Tensor, dict]:
@@ -84,7 +87,8 @@ class Replay(Modifier):
         prompt, reward = prompts[:, None].expand_as(best).flatten(), rewards[group, best].flatten(0, 1)
         return dict(prompt=prompt, reward=reward, x=x, v=v)
 
-    def remember(self, memory: dict[str, Tensor], news: list[dict], iteration: int) -> dict[str, Tensor]:
+    def remember(self, memory: dict[str, Tensor], news: list[dict], iteration: int) -> dict[str,
+                 Tensor]:
         "The best of each prompt among the news and what is not too old, the same however the groups were split."
         parts = [dict(new, iteration=torch.full_like(new["prompt"], iteration)) for new in news if new]
         parts += [memory] if memory else []
@@ -119,11 +123,11 @@ class TMPO(SDEGRPO):
     shared_noise: bool = True
     "Start all candidates of a group from one noise, as the root of the authors' tree does."
     beta: float = 2.0
-    "Inverse temperature of the target, on standardised rewards, > 0; the authors' FLUX run ends at 2, SD3.5's has 15."
+    "Inverse temperature of the target, on standardized rewards, > 0; the authors' FLUX run ends at 2, SD3.5's has 15."
     match: Literal["balance", "cross"] = "balance"
     "'balance': squared log differences (Softmax-TB of the authors' code). 'cross': cross-entropy."
     standardise: bool = True
-    "Standardise the rewards of a group before beta; without, beta is a temperature that stays. The authors have both."
+    "Standardize the rewards of a group before beta; without, beta is a temperature that stays. The authors have both."
 
     def __post_init__(self):
         super().__post_init__()
@@ -138,14 +142,14 @@ class TMPO(SDEGRPO):
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
-        "`(P, G[, R]) -> (P, G)`: the target's logits, `beta` times the centred reward; their softmax is q."
+        "`(P, G[, R]) -> (P, G)`: the target's logits, `beta` times the centered reward; their softmax is q."
         if self.standardise: return self.beta * super().advantages(rewards, weights, standardize)
         rewards = rewards if rewards.ndim == 2 else combine_rewards(rewards.unbind(2), weights, standardise=False)
         rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero
         return self.beta * (rewards - rewards.mean(1, keepdim=True))
 
-    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
-             surrogate: Surrogate = surrogate) -> Tensor:
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
+             on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         "How far the probabilities p of whole groups are from the target q; no ratio, no clip."
         shape = (-1, self.group_size, self.trained_steps)  # the states of a group stand together
         log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
