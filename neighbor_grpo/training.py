@@ -12,7 +12,7 @@ __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'Plai
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal

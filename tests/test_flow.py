@@ -6,22 +6,9 @@ from helpers import weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neighbor_grpo.flow import (
-    TimeEmbedding,
-    VelocityMLP,
-    denoised,
-    eight_gaussians,
-    expand_time,
-    flow_matching_loss,
-    implied_noise,
-    interpolate,
-    one_cycle,
-    randn,
-    seeded,
-    time_grid,
-    train_flow,
-    velocity_target,
-)
+from neighbor_grpo.flow import (denoised, expand_time, flow_matching_loss, implied_noise, interpolate, randn,
+                                seeded, time_grid, velocity_target)
+from neighbor_grpo.toyflows import TimeEmbedding, VelocityMLP, eight_gaussians, one_cycle, train_flow
 
 shifts = st.floats(0.2, 8)
 times = st.floats(0, 1)

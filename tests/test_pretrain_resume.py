@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from neighbor_grpo import training
-from neighbor_grpo.flow import VelocityMLP, eight_gaussians, train_flow
+from neighbor_grpo.toyflows import VelocityMLP, eight_gaussians, train_flow
 from neighbor_grpo.models import miniature
 from neighbor_grpo.models.miniature import PretrainSettings, pretrain
 from neighbor_grpo.runs.folder import read_rows

@@ -9,7 +9,8 @@ from helpers import Counted, GaussianFlow
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neighbor_grpo.flow import VelocityMLP, randn, seeded, time_grid
+from neighbor_grpo.flow import randn, seeded, time_grid
+from neighbor_grpo.toyflows import VelocityMLP
 from neighbor_grpo.solvers import METHODS, ab2_step, dpm2m_step, euler_step, solve, step_response
 
 # --- diffusers ---

@@ -19,7 +19,8 @@ from ..neighbor import NeighborGRPO
 from ..rivals.gaussian import DanceGRPO, FlowGRPO
 from ..rollouts import Algorithm
 from ..tasks.digits import NULL, UNet
-from ..flow import Velocity, VelocityMLP, require
+from ..flow import Velocity, require
+from ..toyflows import VelocityMLP
 from ..runs.trainer import Trainer
 from ..training import Task, TrainSettings, forward_equivalents
 

@@ -29,7 +29,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
 from ..rollouts import check_types, take
-from ..flow import Velocity, interpolate, one_cycle, randn, require, seeded, time_grid, velocity_target
+from ..flow import Velocity, interpolate, randn, require, seeded, time_grid, velocity_target
+from ..toyflows import one_cycle
 from ..runs.folder import (append_row, check_config, hold_folder, make_folder, read_rows, to_line, without_clock,
                                   write_atomically)
 from ..tasks.scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words

@@ -7,7 +7,7 @@ __all__ = ['base', 'inside', 'Modifier', 'shape_advantages', 'ShapedAdvantages',
            'ChunkedRatios', 'equal_pull', 'TimeWeights', 'extremes', 'Previews']
 
 # %% ../../nbs/rivals/modifiers.ipynb #3ab4aaef
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..rollouts import check_types
-from ..flow import TimeEmbedding, Velocity, randn, require, seeded, time_grid, train_flow
+from ..flow import Velocity, randn, require, seeded, time_grid
+from ..toyflows import TimeEmbedding, train_flow
 from ..solvers import solve
 from ..runs.folder import load_or_train
 from ..runs.trainer import draw_panels, snapshot_of

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..rollouts import check_types
-from ..flow import Velocity, VelocityMLP, eight_gaussians, randn, require, seeded, time_grid, train_flow
+from ..flow import Velocity, randn, require, seeded, time_grid
+from ..toyflows import VelocityMLP, eight_gaussians, train_flow
 from ..solvers import solve
 from ..runs.folder import load_or_train
 from ..runs.trainer import draw_panels, snapshot_of
