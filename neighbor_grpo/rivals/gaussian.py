@@ -67,8 +67,9 @@ class SDEGRPO(StepAlgorithm):
         "The grid of a rollout."
         return time_grid(self.steps, self.shift, self.grid)
 
-    def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, t_max: Tensor) -> tuple[Tensor, Tensor]:
-        "Mean and standard deviation of one noisy step; `t_max` stands for t = 1 where Flow-GRPO's noise is infinite."
+    def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor,
+             t_max: Tensor) -> tuple[Tensor, Tensor]:
+        "Mean and deviation of a noisy step; `t_max` stands for t = 1, where Flow-GRPO's is infinite."
         if self.sampler == "flow": return flow_sde(x, v, t, t_next, self.noise_level, t_max)
         return (dance_sde if self.sampler == "dance" else cps)(x, v, t, t_next, self.noise_level)
 
@@ -77,19 +78,21 @@ class SDEGRPO(StepAlgorithm):
         if self.shared_noise: return noise[:, None].expand(-1, count, *noise.shape[1:])
         return neighbor_noise(noise, count, 1.0, generator)
 
-    def follow(self, velocity: Velocity, start: Tensor, cond: object = None, generator: Generators = None,
-               iteration: int = 0, reward: Reward | None = None) -> Rollout:
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
+               generator: Generators = None, iteration: int = 0, reward: Reward | None = None) -> Rollout:
         "Draw every step from its Gaussian, the last one only if asked to."
         groups, size = start.shape[:2]
         ts, noisy = self.times(), [True] * (self.steps - 1) + [self.noisy_last_step]
         step = partial(self.step, t_max=ts[1])
-        path = solve_sde(velocity, start.flatten(0, 1), ts, step, for_each(cond, groups, size), generator, noisy)
+        cond_each = for_each(cond, groups, size)
+        path = solve_sde(velocity, start.flatten(0, 1), ts, step, cond_each, generator, noisy)
         return Rollout.of(path, groups, cond, torch.tensor(noisy)[:, None].expand(-1, groups))
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized and clipped."
-        return standardized(rewards, weights, standardize).clamp(-self.advantage_clip, self.advantage_clip)
+        most = self.advantage_clip
+        return standardized(rewards, weights, standardize).clamp(-most, most)
 
     def choose(self, rollout: Rollout, generator: Generators = None) -> States:
         "All candidates of each group at the group's K steps."
@@ -97,11 +100,12 @@ class SDEGRPO(StepAlgorithm):
         steps = choose_steps(groups, total, self.trained_steps, self.train_where, generator)
         return States.product(steps, everyone(rollout), rollout.x.device)
 
-    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor, on_policy: bool = False,
-             surrogate: Surrogate = surrogate) -> Tensor:
+    def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
+             on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         "The clipped ratio of each step's density, with the candidate's own advantage."
         log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
-        old = log_prob.detach() if on_policy else self.log_prob(rollout, states, states.select(rollout.v))
+        v_old = states.select(rollout.v)
+        old = log_prob.detach() if on_policy else self.log_prob(rollout, states, v_old)
         return -surrogate(log_prob, old, advantages[states.prompt, states.member], self.clip_range)
 
     def gaussian(self, rollout: Rollout, states: States, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,20 +117,22 @@ class SDEGRPO(StepAlgorithm):
         "(M,): log-density of the stored next state."
         return gaussian_log_prob(states.select(rollout.x[1:]), *self.gaussian(rollout, states, v))
 
-    def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor, log_prob: Tensor, old: Tensor) -> Tensor:
+    def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor, log_prob: Tensor,
+              old: Tensor) -> Tensor:
         "(M,): Kullback-Leibler divergence of the two Gaussian steps, averaged over the dimensions."
-        (mean, std), (mean_old, _) = self.gaussian(rollout, states, v), self.gaussian(rollout, states, v_old)
+        (mean, std), (mean_old, _) = (self.gaussian(rollout, states, u) for u in (v, v_old))
         return ((mean - mean_old) / std).square().flatten(1).mean(1) / 2
 
     def distance_weights(self, rollout: Rollout, states: States) -> Tensor:
-        "(M,): the step's mean is linear in the velocity, so its divergence is a weighted distance of velocities."
+        "(M,): the mean is linear in the velocity, the divergence a weighted distance of velocities."
         move, std = self.response(rollout.ts)
         return states.select_step((move / std).square() / 2)
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        "(S[, P]) each: how far the mean of a step that can be trained moves when the velocity moves by one, and its noise."
+        "(S[, P]) each, of steps that can be trained: how far the mean moves with v, and its noise."
         first = ts[:len(ts) - 1 - self.steps + self.trainable[1]]
-        t, t_next, t_max = (a.flatten() for a in torch.broadcast_tensors(first, ts[1:len(first) + 1], ts[1:2]))
+        times = torch.broadcast_tensors(first, ts[1:len(first) + 1], ts[1:2])
+        t, t_next, t_max = (values.flatten() for values in times)
         mean, std = self.step(torch.zeros_like(t), torch.ones_like(t), t, t_next, t_max)
         return mean.abs().view_as(first), std.expand_as(mean).view_as(first)
 

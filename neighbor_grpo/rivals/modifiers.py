@@ -48,14 +48,17 @@ class Modifier(StepAlgorithm):
     def __post_init__(self):
         own = base(self)
         fits = self.fits is Algorithm or isinstance(own, self.fits) and own.has_ratio
-        require(fits, type(self).__name__, f"around {type(own).__name__}", "around an algorithm with ratios of its solver's steps")
+        allowed = "around an algorithm with ratios of its solver's steps"
+        require(fits, type(self).__name__, f"around {type(own).__name__}", allowed)
         stacked = self.fits is Algorithm or self.algorithm.together == 1
-        require(stacked, type(self).__name__, "around ChunkedRatios", "around ratios of single steps: chunks go outside")
+        require(stacked, type(self).__name__, "around ChunkedRatios",
+                "around ratios of single steps: chunks go outside")
         check_types(self)
 
-    group_size, shift, grid, has_ratio = (inside(name) for name in ("group_size", "shift", "grid", "has_ratio"))
+    group_size, shift, grid = (inside(name) for name in ("group_size", "shift", "grid"))
+    has_ratio = inside("has_ratio")
     together, nfe_old, nfe_theta = (inside(name) for name in ("together", "nfe_old", "nfe_theta"))
-    steps, trained_steps, untrained = (inside(name) for name in ("steps", "trained_steps", "untrained"))
+    steps, trained_steps, untrained = map(inside, ("steps", "trained_steps", "untrained"))
 
     def starts(self, noise, count, generator=None): return self.algorithm.starts(noise, count, generator)
     def follow(self, *arguments): return self.algorithm.follow(*arguments)
@@ -76,14 +79,14 @@ def shape_advantages(
     scale: str = "group",  # "group" or "batch": whose standard deviation divides
     eps: float = 1e-6,  # added to the standard deviation, > 0
 ) -> Tensor:  # (P, G)
-    "SLAS: `sign(d) |d|^(1 + gamma)` of the standardized reward `d`; with the defaults, plain group advantages."
+    "SLAS: `sign(d) |d|^(1 + gamma)` of the standardized reward `d`; by default group advantages."
     require(power >= 0, "power", power, ">= 0")
     require(scale in ("group", "batch"), "scale", scale, "'group' or 'batch'")
     standard = group_advantages(rewards, eps)
     if scale == "batch":
         rewards = check_rewards(rewards)
         rewards, unit = in_units(rewards, rewards.abs().amax())
-        rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero, and stays so
+        rewards = rewards - rewards[:, :1]  # equal rewards become exactly zero, and stay so
         centered = rewards - rewards.mean(1, keepdim=True)
         spread = centered.square().mean().sqrt() + eps * unit
         standard = centered / spread.clamp_min(torch.finfo(spread.dtype).tiny)
@@ -114,13 +117,13 @@ def guarded(
     drift: Tensor,  # minus its mean under the old policy, >= 0, broadcastable to log_ratio
     std: Tensor,  # of the Gaussian step, broadcastable to log_ratio
 ) -> Tensor:  # like log_ratio
-    "GRPO-Guard: a log-ratio whose mean is 0 and whose spread does not depend on the noise of the step."
+    "GRPO-Guard: a log-ratio of mean 0 whose spread does not depend on the noise of the step."
     return (log_ratio + drift) * std
 
 # %% ../../nbs/rivals/modifiers.ipynb #15f36225
 @dataclass(frozen=True)
 class GuardedRatios(Modifier):
-    "GRPO-Guard: recenter the log-ratio, scale it by the step's noise, and divide the loss by the step's length."
+    "GRPO-Guard: centered log-ratios, scaled by a step's noise; its loss divided by its length."
 
     def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         watched, (t, t_next) = Watched(velocity), states.times(rollout.ts)
@@ -129,9 +132,11 @@ class GuardedRatios(Modifier):
         def guard(log_prob, old, gains, clip_range, weight=1.0, entropy=None):
             v_old = watched.v.detach() if on_policy else states.select(rollout.v)
             drift = self.algorithm.drift(rollout, states, watched.v, v_old, log_prob, old)
-            log_ratio = guarded(log_prob - old, per_state(drift, log_prob), per_state(std, log_prob))
+            spread = per_state(std, log_prob)
+            log_ratio = guarded(log_prob - old, per_state(drift, log_prob), spread)
             weight = weight / per_state(t - t_next, log_prob)
-            return surrogate(log_ratio, torch.zeros_like(log_ratio), gains, clip_range, weight, entropy)
+            same = torch.zeros_like(log_ratio)
+            return surrogate(log_ratio, same, gains, clip_range, weight, entropy)
 
         return self.algorithm.loss(watched, rollout, states, advantages, on_policy, guard)
 
@@ -142,9 +147,11 @@ def chunk_means(
     trained_steps: int,  # K, a divisor of M
     chunk: int,  # steps in a chunk, a divisor of K
 ) -> Tensor:  # (M / chunk, ...)
-    "GCPO: average over chunks of consecutive trained steps. Of log-ratios, this is the geometric mean of the ratios."
-    require(len(steps) % trained_steps == 0, "values", f"{len(steps)} rows", f"of a multiple of {trained_steps} rows")
-    require(trained_steps % chunk == 0, "chunk", chunk, f"a divisor of {trained_steps}, the trained steps")
+    "GCPO: means of chunks of consecutive trained steps; of log-ratios, ratios' geometric means."
+    whole = len(steps) % trained_steps == 0
+    require(whole, "values", f"{len(steps)} rows", f"of a multiple of {trained_steps} rows")
+    allowed = f"a divisor of {trained_steps}, the trained steps"
+    require(trained_steps % chunk == 0, "chunk", chunk, allowed)
     order = steps.view(-1, trained_steps).argsort(1)
     starts = torch.arange(0, len(steps), trained_steps, device=steps.device)[:, None]
     return values[(starts + order).view(-1, chunk)].mean(1)
@@ -168,23 +175,28 @@ class ChunkedRatios(Modifier):
 
     def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         size = self.chunk or self.trained_steps
-        if size == 1: return self.algorithm.loss(velocity, rollout, states, advantages, on_policy, surrogate)
-        chunks = partial(chunk_means, steps=states.step, trained_steps=self.trained_steps, chunk=size)
+        inner = partial(self.algorithm.loss, velocity, rollout, states, advantages, on_policy)
+        if size == 1: return inner(surrogate)
+        count = self.trained_steps
+        chunks = partial(chunk_means, steps=states.step, trained_steps=count, chunk=size)
 
         def chunked(log_prob, old, gains, clip_range, weight=1.0, entropy=None):
-            weight = torch.as_tensor(weight).to(log_prob).expand(len(log_prob), *[1] * (log_prob.ndim - 1))
+            weight = torch.as_tensor(weight).to(log_prob)
+            weight = weight.expand(len(log_prob), *[1] * (log_prob.ndim - 1))
             log_ratio = chunks(weight * (log_prob - old)) / chunks(weight)
             same = torch.zeros_like(log_ratio)
-            return surrogate(log_ratio, same, chunks(weight * gains) * size, clip_range, entropy=entropy)
+            gains = chunks(weight * gains) * size
+            return surrogate(log_ratio, same, gains, clip_range, entropy=entropy)
 
-        return self.algorithm.loss(velocity, rollout, states, advantages, on_policy, chunked)
+        return inner(chunked)
 
 # %% ../../nbs/rivals/modifiers.ipynb #3c4f7efa
 def equal_pull(
-    reach: Tensor,  # (T[, P]) how far each step's mean moves, in its own noise, when the velocity moves by one, > 0
+    reach: Tensor,  # (T[, P]) how far a step's mean moves with the velocity, in its own noise, > 0
 ) -> Tensor:  # (T[, P]) weights with mean 1 over the steps
     "Flash-GRPO: weights `1 / c(t)`, under which the gradient of every step has the same size."
-    require(bool((reach > 0).all() and reach.isfinite().all()), "reach", reach.tolist(), "positive and finite")
+    good = bool((reach > 0).all() and reach.isfinite().all())
+    require(good, "reach", reach.tolist(), "positive and finite")
     return 1 / reach / (1 / reach).mean(0)
 
 # %% ../../nbs/rivals/modifiers.ipynb #85ff0988
@@ -192,7 +204,7 @@ def equal_pull(
 class TimeWeights(Modifier):
     "A weight for the loss of each step (Flash-GRPO, TempFlow-GRPO)."
     time_weight: Literal["equal", "noise"] = "equal"
-    "'equal' evens out the gradients of the steps (Flash-GRPO), 'noise' follows their noise (TempFlow-GRPO)."
+    "'equal' evens out the gradients of the steps (Flash-GRPO), 'noise' follows their noise."
 
     def __post_init__(self):
         super().__post_init__()
@@ -217,7 +229,8 @@ def extremes(
     "Sol-RL: the best half and the worst half of what will be kept."
     rewards = check_rewards(rewards)
     most = rewards.shape[1]
-    require(isinstance(count, int) and 2 <= count <= most, "count", count, f"an integer in [2, {most}], the previews")
+    allowed = f"an integer in [2, {most}], the previews"
+    require(isinstance(count, int) and 2 <= count <= most, "count", count, allowed)
     order, worst = rewards.argsort(dim=1, descending=True, stable=True), count // 2
     return torch.cat([order[:, :count - worst], order[:, -worst:]], 1)
 
@@ -233,11 +246,13 @@ class Previews(Modifier):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.scouts >= self.group_size, "scouts", self.scouts, f"an integer >= {self.group_size}, the group size")
+        allowed = f"an integer >= {self.group_size}, the group size"
+        require(self.scouts >= self.group_size, "scouts", self.scouts, allowed)
         time_grid(self.scout_steps, self.shift, self.grid)  # raises on bad values
         own = base(self)
         alike = isinstance(own, SDEGRPO) and own.shared_noise
-        require(not alike, type(self).__name__, f"around {type(own).__name__}", "around an algorithm whose candidates start apart")
+        allowed = "around an algorithm whose candidates start apart"
+        require(not alike, type(self).__name__, f"around {type(own).__name__}", allowed)
 
     def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
         "`(P, *shape) -> (P, scouts, *shape)`: more than `count`, of which `follow` chooses."
