@@ -19,7 +19,7 @@ WHOLE = {
     "flux": "models.flux", "miniature": "models.miniature", "sd3": "models.sd3",
     "remote": "rewards.remote",
     "forward": "rivals.forward", "mixed": "rivals.mixed", "options": "rivals.modifiers",
-    "distributed": "runs.processes", "folder": "runs.folder",
+    "folder": "runs.folder",
     "digits": "tasks.digits", "images": "tasks.images", "prompts": "tasks.prompts", "scenes": "tasks.scenes",
     "toy2d": "tasks.toy2d",
 }
@@ -27,13 +27,14 @@ WHOLE = {
 # Modules whose content went to several places, which are asked in this order.
 PARTS = {
     "algorithms": ("neighbor", "rollouts", "rivals.gaussian"),
+    "distributed": ("runs.processes", "runs.tracking"),
     "rewards": ("rewards.remote", "rewards.judges"),
     "rivals": ("rivals.catalogue", "rivals.trajectories", "neighbor", "rollouts", "rivals.gaussian", "rivals.mixed",
                "rivals.forward"),
     "training": ("runs.trainer", "runs.folder"),
 }
 STARRED = {"training": ["Trainer"]}  # what `import *` has to find beside what is still there
-GONE = ("algorithms",)  # nothing of this name is left
+GONE = ("algorithms", "distributed")  # nothing of these names is left
 
 
 def warn(old: str, new: str) -> None:
