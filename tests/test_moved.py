@@ -27,7 +27,7 @@ LINES = {
     "from neighbor_grpo.rivals import ALGORITHMS": "rivals.catalogue.ALGORITHMS",
     "from neighbor_grpo.rivals import OPGRPO": "rivals.trajectories.OPGRPO",
     "from neighbor_grpo.training import Trainer": "runs.trainer.Trainer",
-    "from neighbor_grpo.training import *; Trainer, TrainSettings, train": "runs.trainer.Trainer",
+    "from neighbor_grpo.training import *; Checkpoints, Trainer, TrainSettings, train": "runs.trainer.Trainer",
     "from neighbor_grpo.training import Checkpoints": "runs.folder.Checkpoints",
     "from neighbor_grpo import training; training.read_rows": "runs.folder.read_rows",
     "from neighbor_grpo.rewards import RewardServer, RemoteReward, pack": "rewards.remote.RewardServer",
