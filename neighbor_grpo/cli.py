@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_BYTES', 'MAX_DEPTH', 'COMMON', 'FILES', 'RUNNING',
-           'PAPER_MODELS', 'NOT_HERE', 'STOPS', 'COMMANDS', 'task_classes', 'defaults_of', 'require_plain', 'Help',
-           'Parser', 'recipes', 'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe', 'brought_along',
-           'check_modifiers', 'settings_of', 'names_of', 'listed', 'overviews', 'train_parser', 'pick',
-           'pick_algorithm', 'read_early', 'read_command', 'introduce', 'report', 'print_figures', 'make_task',
+           'PAPER_MODELS', 'NOT_HERE', 'STOPS', 'COMMANDS', 'Entry', 'class_at', 'task_classes', 'defaults_of',
+           'require_plain', 'Help', 'Parser', 'brought_along', 'check_modifiers', 'settings_of', 'names_of', 'recipes',
+           'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe', 'listed', 'overviews', 'train_parser',
+           'pick', 'pick_algorithm', 'read_early', 'read_command', 'introduce', 'report', 'print_figures', 'make_task',
            'given_back', 'asked_processes', 'launched', 'leave', 'train', 'load_run', 'run_folder', 'evaluate',
            'sample', 'save', 'bench_model', 'bench', 'read_variant', 'study_parser', 'read_file', 'read_study',
-           'compare', 'pretrain', 'serve', 'stoppable', 'overview', 'versions', 'draw_into_files', 'main']
+           'compare', 'pretrain', 'serve', 'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files',
+           'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -36,7 +37,7 @@ from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,8 @@ from .flow import Velocity, require
 from .rivals.mixed import MixGRPO
 from .rivals.catalogue import (ALGORITHMS, BROUGHT_ALONG, MODIFIERS, modified,
                                             own_fields)
+from .runs.plugins import (check_plugins, give_plugins, load_installed, plugin_options,
+                                        remembered)
 from .runs.folder import (Checkpoints, new_folder, open_run, read_config, read_rows,
                                        world, write_atomically)
 from .runs.trainer import Trainer, load_trained, plot_run, run_config
@@ -59,17 +62,28 @@ from .training import Task, TrainSettings
 if TYPE_CHECKING: from neighbor_grpo.lab.compare import Study, Variant  # imported where it is used
 
 # %% ../nbs/launch.ipynb #44594cb2
-TASKS = {
-    "digits": ("tasks.digits", "DigitsTask", "DigitsSettings",
-               "handwritten digits, the default; about a minute on a CPU"),
-    "toy": ("tasks.toy2d", "ToyTask", "ToySettings",
-            "eight clusters of points in the plane; seconds on a CPU"),
-    "scenes": ("models.miniature", "ScenesTask", "ScenesSettings",
-               "colored shapes as captions ask for them, by a small Stable Diffusion 3; on a CPU"),
-    "sd3": ("tasks.images", "ImagesTask", "ImagesSettings",
-            "any Stable Diffusion 3; needs --source, and mostly a GPU"),
-    "flux": ("tasks.images", "FluxTask", "ImagesSettings",
-             "any FLUX.1; needs --source, and mostly a GPU")}
+class Entry(NamedTuple):
+    "A task of the command line."
+    task: type | str
+    "A class, made as `(settings, folder, seed, progress)`; or its place here, as MODULE.NAME."
+    settings: type | str
+    "The dataclass of its settings, likewise."
+    about: str
+    "What it is, in a line."
+
+
+TASKS: dict[str, Entry] = {
+    "digits": Entry("tasks.digits.DigitsTask", "tasks.digits.DigitsSettings",
+                    "handwritten digits, the default; about a minute on a CPU"),
+    "toy": Entry("tasks.toy2d.ToyTask", "tasks.toy2d.ToySettings",
+                 "eight clusters of points in the plane; seconds on a CPU"),
+    "scenes": Entry("models.miniature.ScenesTask", "models.miniature.ScenesSettings",
+                    "colored shapes as captions ask for them, by a small Stable Diffusion 3; "
+                    "on a CPU"),
+    "sd3": Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings",
+                 "any Stable Diffusion 3; needs --source, and mostly a GPU"),
+    "flux": Entry("tasks.images.FluxTask", "tasks.images.ImagesSettings",
+                  "any FLUX.1; needs --source, and mostly a GPU")}
 LARGE = dict(iterations=300, groups=8, lr=1e-4, ema=0.9, eval_every=25, shift=None, lora_rank=32,
              lora_alpha=64, precision="bfloat16", batch=24)
 SCHEDULER = dict(grid="scheduler")  # as the authors' code for Stable Diffusion 3 has it
@@ -83,13 +97,20 @@ DEFAULTS = {
     **{("sd3", name): SCHEDULER for name in ("flow", "tempflow", "nft", "op")},
     "flux": LARGE | dict(guidance_scale=3.5, train_guidance_scale=3.5, max_sequence_length=512)}
 
+def class_at(
+    place: type | str,  # itself, or MODULE.NAME in this package
+) -> type:
+    "A class. Its module is imported only now: large ones bring diffusers along."
+    if isinstance(place, type): return place
+    module, _, name = place.rpartition(".")
+    return getattr(importlib.import_module(f"neighbor_grpo.{module}"), name)
+
+
 def task_classes(
     task: str,  # a key of TASKS
 ) -> tuple[type, type]:  # the task, and the dataclass of its settings
-    "A task's classes. Its module is imported only now: large ones bring diffusers along."
-    name, *names, _ = TASKS[task]
-    module = importlib.import_module(f"neighbor_grpo.{name}")
-    return tuple(getattr(module, name) for name in names)
+    "A task's classes."
+    return class_at(TASKS[task][0]), class_at(TASKS[task][1])
 
 
 def defaults_of(
@@ -97,7 +118,7 @@ def defaults_of(
     algorithm: str,  # a key of ALGORITHMS
 ) -> dict:  # values by name
     "What a run of the task takes instead of the dataclasses' own defaults."
-    return DEFAULTS[task] | DEFAULTS.get((task, algorithm), {})
+    return DEFAULTS.get(task, {}) | DEFAULTS.get((task, algorithm), {})
 
 # %% ../nbs/launch.ipynb #eddaf56a
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -203,6 +224,39 @@ class Parser(ArgumentParser):
         unknown = re.search(r"nrecognized arguments: (\S+)", message)
         raise ValueError(message[:500] + (self.suggestion(unknown[1]) if unknown else ""))
 
+# %% ../nbs/launch.ipynb #e84db7d6
+def brought_along(algorithm: str) -> list[str]:
+    "The modifiers that an algorithm comes with."
+    return [*BROUGHT_ALONG.get(algorithm, {})]
+
+
+def check_modifiers(
+    names: object,  # as they were given
+    where: str,  # for the message
+) -> list[str]:
+    "Names of modifiers, in their order."
+    known = isinstance(names, list) and all(name in [*MODIFIERS] for name in names)
+    good = known and len({*names}) == len(names)
+    require(good, where, names, f"some of {', '.join(MODIFIERS)}, each once")
+    return [name for name in MODIFIERS if name in names]
+
+
+def settings_of(
+    task: str,  # a key of TASKS
+    algorithm: str,  # a key of ALGORITHMS
+    modifiers: Sequence[str],  # keys of MODIFIERS
+) -> dict[str, type]:  # dataclasses by title
+    "Where the settings of a run come from."
+    around = {f"modifier {name}": MODIFIERS[name] for name in modifiers}
+    return {f"task {task}": task_classes(task)[1], f"algorithm {algorithm}": ALGORITHMS[algorithm],
+            **around, "loop": TrainSettings}
+
+
+def names_of(task: str, algorithm: str, modifiers: Sequence[str]) -> set[str]:
+    "The names of all settings of a run."
+    classes = settings_of(task, algorithm, modifiers).values()
+    return {field.name for cls in classes for field in own_fields(cls)}
+
 # %% ../nbs/launch.ipynb #1250f55c
 RECIPES = Path(str(files("neighbor_grpo"))) / "recipes"  # come with the package
 MAX_BYTES, MAX_DEPTH = 1_000_000, 10  # of a file of settings
@@ -263,6 +317,7 @@ def flat_config(
     "The configuration of a run as a recipe."
     found = isinstance(config, dict)
     require(found, name, str(path), "a run folder whose config.json is a mapping")
+    check_plugins(config, name, path)
     names = {cls.__name__: key for key, cls in ALGORITHMS.items()}
     why = "a run that `neighbor-grpo train` made"
     for key, known in dict(task_name=TASKS, algorithm_name=names).items():
@@ -312,39 +367,6 @@ COMMON = {"algorithm", "with", "out", "recipe", "resume", "quiet", "trackers",
           "group_size", "steps", "sigma", "noise_level", "anchors", "target", "reward", "rewarded",
           "source", "prompts", "rewards", "height", "width", "lora_rank", "guidance_scale"}
 
-def brought_along(algorithm: str) -> list[str]:
-    "The modifiers that an algorithm comes with."
-    return [*BROUGHT_ALONG.get(algorithm, {})]
-
-
-def check_modifiers(
-    names: object,  # as they were given
-    where: str,  # for the message
-) -> list[str]:
-    "Names of modifiers, in their order."
-    known = isinstance(names, list) and all(name in [*MODIFIERS] for name in names)
-    good = known and len({*names}) == len(names)
-    require(good, where, names, f"some of {', '.join(MODIFIERS)}, each once")
-    return [name for name in MODIFIERS if name in names]
-
-
-def settings_of(
-    task: str,  # a key of TASKS
-    algorithm: str,  # a key of ALGORITHMS
-    modifiers: Sequence[str],  # keys of MODIFIERS
-) -> dict[str, type]:  # dataclasses by title
-    "Where the settings of a run come from."
-    around = {f"modifier {name}": MODIFIERS[name] for name in modifiers}
-    return {f"task {task}": task_classes(task)[1], f"algorithm {algorithm}": ALGORITHMS[algorithm],
-            **around, "loop": TrainSettings}
-
-
-def names_of(task: str, algorithm: str, modifiers: Sequence[str]) -> set[str]:
-    "The names of all settings of a run."
-    classes = settings_of(task, algorithm, modifiers).values()
-    return {field.name for cls in classes for field in own_fields(cls)}
-
-
 def listed(
     title: str,
     entries: dict[str, str],  # what each is, by name
@@ -374,7 +396,7 @@ def train_parser(
     about = f"Train the task {task} with the algorithm {algorithm}."
     own = {field.name for name in modifiers for field in own_fields(MODIFIERS[name])}
     parser = Parser(COMMON | own, prog=f"neighbor-grpo train {task}",
-                    usage="neighbor-grpo train [TASK] [--setting value ...]",
+                    usage="neighbor-grpo train [TASK] [--setting value ...] [--plugin FILE.py]",
                     description=f"{about} Names may be written with dashes or underscores.",
                     epilog="\n\n".join(overviews()))
     add = parser.add_argument
@@ -473,7 +495,8 @@ def introduce(
     out: Path,  # run folder
 ) -> None:
     "Say what a run trains, where it writes, how to stop it and how to go on."
-    s, again = settings, f"neighbor-grpo train --out {shlex.quote(str(out))} --resume"
+    s = settings
+    again = f"neighbor-grpo train --out {shlex.quote(str(out))} --resume{plugin_options()}"
     length = f"{s.iterations} iterations of {s.groups} groups of {group_size}"
     print(f"Training {task} ({TASKS[task][-1]}) with {algorithm}: {length}.")
     print(f"It writes into {out}. Ctrl-C stops it; it goes on with: {again}", flush=True)
@@ -493,7 +516,7 @@ def report(
     if pipeline: commands[f"save {folder}"] = "write the weights as plain diffusers opens them"
     if further <= settings.lr_decay or not settings.lr_decay:
         commands[f"train --out {folder} --resume --iterations {further}"] = "go on"
-    for line, what in commands.items(): print(f"  neighbor-grpo {line}  # {what}")
+    for line, what in commands.items(): print(f"  neighbor-grpo {line}{plugin_options()}  # {what}")
 
 # %% ../nbs/launch.ipynb #d5d88bef
 def print_figures(
@@ -584,7 +607,7 @@ def train(
     require(values.out is not None or alone, "--out", values.out, allowed)
     new = not out or not out.exists()
     out = out or new_folder(Path("runs") / f"{name}-{values.algorithm}-seed{settings.seed}")
-    about = dict(task_name=name, task=vars(task_settings))
+    about = dict(task_name=name, task=vars(task_settings)) | remembered()
     config = run_config(algorithm, settings, **about)
     with (given_back(out, not values.out), launched(out, values) as (split, track),
           open_run(out, config, values.resume), given_back(out, new)):
@@ -599,7 +622,7 @@ def train(
             if talk: print(f"Prompts: {task.prompts}. {done}.\n", flush=True)
             with track(trainer) as callback: trainer.run(not values.quiet, callback)
         except KeyboardInterrupt as e:
-            again = f"go on with: neighbor-grpo train --out {out} --resume"
+            again = f"go on with: neighbor-grpo train --out {out} --resume{plugin_options()}"
             raise KeyboardInterrupt(f"stopped by {str(e) or 'hand'}; {again}") from None
         if world()[0] > 0: return
         leave(trainer, out, whole=split is None)
@@ -629,7 +652,9 @@ def run_folder(
     argv: Sequence[str],  # DIR
 ) -> Path:
     "The one argument of `evaluate` and `sample`."
-    parser = Parser(prog=f"neighbor-grpo {command}", description=COMMANDS[command].__doc__)
+    usage = f"neighbor-grpo {command} DIR [--plugin FILE.py]"
+    parser = Parser(prog=f"neighbor-grpo {command}", usage=usage,
+                    description=COMMANDS[command].__doc__)
     parser.add_argument("dir", help="Folder of a run that train has made.")
     return Path(parser.parse_args(list(argv)).dir)
 
@@ -716,7 +741,7 @@ def bench(
 
 # %% ../nbs/launch.ipynb #48d21fd5
 NOT_HERE = {"--seed", "--iterations", "--algorithm", "--out", "--resume", "--quiet", "--recipe",
-            "--trackers", "--help", "-h"}  # are the comparison's
+            "--trackers", "--plugin", "--help", "-h"}  # are the comparison's
 
 def read_variant(
     task: str,  # a key of TASKS
@@ -798,6 +823,8 @@ def read_study(
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--study", "--out"): early.add_argument(name, nargs="?")
     known = early.parse_known_args(argv)[0]
+    if known.out and (Path(known.out) / "config.json").exists():
+        check_plugins(read_config(known.out, "--out").get("about", {}), "--out", known.out)
     left = Path(known.out or "") / "study.json"
     path = Path(known.study) if known.study else left if known.out and left.exists() else None
     v = study_parser(read_file(path) if path else {}, f"--study {path}").parse_args(argv)
@@ -812,7 +839,7 @@ def read_study(
     for side, settings in zip(sides, tasks):
         require(settings == tasks[0], f"variant {side.name}", settings, same)
     budgets = {axis: v[axis] for axis in AXES if v[axis] is not None}
-    about = dict(task_name=v.task, task=vars(tasks[0]))
+    about = dict(task_name=v.task, task=vars(tasks[0])) | remembered()
     make = partial(task_classes(v.task)[0], tasks[0])
     return Study(sides, make, tuple(v.seeds), budgets, v.target, about), v
 
@@ -827,7 +854,7 @@ def compare(
     claim(study, out)
     said = {k: v[k] for k in ("task", "variants", "common", "seeds", *AXES, "target")}
     write_atomically(out / "study.json", json.dumps(said, indent=1))
-    again = f"go on with: neighbor-grpo compare --out {shlex.quote(str(out))}"
+    again = f"go on with: neighbor-grpo compare --out {shlex.quote(str(out))}{plugin_options()}"
     try: failed = run_study(study, out, v.jobs, not v.quiet)
     except KeyboardInterrupt: raise KeyboardInterrupt(f"stopped by hand; {again}") from None
     print((out / "table.md").read_text() + f"folder: {out}")
@@ -912,12 +939,25 @@ def overview() -> str:
     "What the commands, tasks and recipes are."
     options = {"-h, --help": "show this; after a command its settings; --help all: every one",
                "--version": "of this, torch and Python",
+               "--plugin FILE.py": "with any command: add what a file registers; may be repeated",
                "--debug": "with any command: an error with its traceback, as NEIGHBOR_GRPO_DEBUG=1"}
     commands = {name: command.__doc__ for name, command in COMMANDS.items()}
     tasks, recipes, *_ = overviews()
     usage = "usage: neighbor-grpo COMMAND [TASK] [--setting value ...]"
     parts = [usage, "To begin with: neighbor-grpo train toy", listed("commands", commands)]
     return "\n\n".join([*parts, tasks, recipes, listed("options", options)])
+
+
+def split_plugins(
+    words: Sequence[str],  # of a command line
+) -> tuple[list[str], list[str]]:  # values of --plugin; all other words
+    "What a command line says of plugins, which are imported before the rest is read."
+    paths, rest, left = [], [], iter(words)
+    for word in left:
+        option, equal, value = word.partition("=")
+        if option == "--plugin": paths.append(value if equal else next(left, ""))
+        else: rest.append(word)
+    return paths, rest
 
 
 def versions() -> str:
@@ -941,7 +981,8 @@ def main(
     "Run one command; say what was wrong in one line on standard error."
     program, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("NEIGHBOR_GRPO_DEBUG", "0") not in ("", "0")
-    name, *rest = [word for word in argv if word != "--debug"] or [None]
+    plugins, words = split_plugins([word for word in argv if word != "--debug"])
+    name, *rest = words or [None]
     if name in (None, "-h", "--help", "--version"):
         print(versions() if name == "--version" else overview())
         return int(name is None)
@@ -950,6 +991,8 @@ def main(
             allowed = f"one of {', '.join(COMMANDS)} (usage: neighbor-grpo COMMAND [--help])"
             require(name in COMMANDS, "command", name, allowed)
             draw_into_files()
+            load_installed()
+            give_plugins(plugins)
             COMMANDS[name](rest)
             return 0
         except SystemExit as e: return e.code or 0  # after --help
@@ -963,4 +1006,5 @@ def main(
 
 # %% ../nbs/launch.ipynb #202c706f
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":  # as `python -m`; by its own name, a plugin finds the same TASKS
+    sys.exit(importlib.import_module("neighbor_grpo.cli").main())

@@ -32,7 +32,7 @@ FORBIDDEN = (
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MAX_FUNCTION = 40  # lines of code in a function
 # The method, its rivals and their training are meant to be read in an hour; tasks, comparison and commands in another.
-TOOLS = {"cli", "lab.benchmark", "lab.compare", "runs.folder"}
+TOOLS = {"cli", "lab.benchmark", "lab.compare", "runs.folder", "runs.plugins"}
 TOOLS |= {"tasks.digits", "tasks.prompts", "tasks.scenes", "tasks.toy2d"}
 MAX_METHOD, MAX_LIBRARY = 1700, 3800  # lines of code
 

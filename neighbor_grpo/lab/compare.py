@@ -35,6 +35,7 @@ from ..rollouts import Algorithm
 from ..flow import require
 from ..runs.folder import (Checkpoints, check_config, hold_folder, make_folder, open_run, read_config, read_rows,
                                   write_atomically, write_config)
+from ..runs.plugins import GIVEN, Plugin
 from ..runs.trainer import Trainer, run_config, save_picture
 from ..training import Task, TrainSettings, evaluations, penalties_of
 
@@ -394,7 +395,7 @@ def follow(parent: int) -> None:
     os._exit(1)
 
 
-def alone(pipe: Connection, function: Callable, *arguments: object) -> None:
+def alone(pipe: Connection, plugins: Sequence[Plugin], function: Callable, *arguments: object) -> None:
     "What a process does: call the function, and tell the parent what it reports, or what went wrong."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
     threading.Thread(target=follow, args=[multiprocessing.parent_process().sentinel], daemon=True).start()
@@ -411,13 +412,14 @@ def in_processes(
     "Call each function in a process of its own, with one thread; what is left when this one ends, ends too."
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context, todo, running, failures = multiprocessing.get_context(kind), dict(work), {}, {}
+    plugins = [*GIVEN.values()]  # unpickled before what needs them
     if kind == "forkserver": context.set_forkserver_preload(["neighbor_grpo.lab.orphans", __name__, "torch._dynamo"])  # imported once for all
     try:
         while todo or running:
             while todo and len(running) < jobs:
                 name = next(iter(todo))
                 mine, theirs = context.Pipe(duplex=False)
-                running[mine] = context.Process(target=alone, args=(theirs, *todo.pop(name)), name=name, daemon=True)
+                running[mine] = context.Process(target=alone, args=(theirs, plugins, *todo.pop(name)), name=name, daemon=True)
                 running[mine].start()
                 theirs.close()
             for pipe in wait(list(running)):

@@ -427,7 +427,7 @@ def read_config(
 
 
 # What may change on resume: another place of the same files, whose content the task compares, and another machine.
-MAY_CHANGE = ("iterations", "keep", "versions", "source", "prompts", "held_out", "device", "min_memory")
+MAY_CHANGE = ("iterations", "keep", "versions", "source", "prompts", "held_out", "device", "min_memory", "plugins")
 
 def check_config(
     old: dict,  # of the run folder
