@@ -697,6 +697,7 @@ def bench_model(
     argv: Sequence[str],  # --model NAME [--setting value ...]
 ) -> None:
     "Seconds and memory of an iteration at the papers' settings on a large random transformer."
+    from neighbor_grpo.lab.benchmark import as_markdown
     cost = importlib.import_module("neighbor_grpo.lab.cost")
     sd3 = importlib.import_module("neighbor_grpo.models.sd3")
     parser = Parser(prog="neighbor-grpo bench", description=bench_model.__doc__)
@@ -715,7 +716,7 @@ def bench_model(
         measured = cost.measure_model(v.model, PAPER_MODELS, size, size, settings, v.iterations,
                                       v.groups, states, v.device, not v.quiet)
         rows += [dict(size=size, micro_batch=states, **row) for row in measured]
-    print(cost.phases_markdown(rows))
+    print(as_markdown(rows))
 
 
 def bench(

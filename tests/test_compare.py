@@ -24,7 +24,7 @@ from neighbor_grpo.cli import main
 from neighbor_grpo.lab import compare
 from neighbor_grpo.lab.compare import Study, Variant, against, cost, interval, positions, progress_of, read_at, table
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, make
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 
@@ -46,8 +46,8 @@ SMALL = Variant("small", NeighborGRPO(group_size=4, anchors=2, steps=3, trained_
 @pytest.mark.parametrize("kl_weight", [0.0, 0.1])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_evaluation_is_charged(name, kl_weight, settings):
-    variant = Variant(name, ALGORITHMS[name](kl_weight=kl_weight), settings)
-    trainer, counts = Trainer(TinyTask(dropout=0.0), variant.algorithm, settings), {True: 0, False: 0}
+    variant = Variant(name, make(name), replace(settings, kl_weight=kl_weight))
+    trainer, counts = Trainer(TinyTask(dropout=0.0), variant.algorithm, variant.settings), {True: 0, False: 0}
     average = trainer.average.module if trainer.average else None
     for network in filter(None, (trainer.policy, trainer.reference, average)):
         network.register_forward_hook(
@@ -66,7 +66,7 @@ def test_costs_add_up_without_rounding():
     at = positions(rows, variant, rate=0.5)
     assert [p["evaluations"] for p in at] == [1440 * i for i in range(31)]
     assert at[7] == dict(iterations=7, evaluations=7 * 1440, seconds=7 * 720)
-    penalty = replace(variant, algorithm=NeighborGRPO(kl_weight=0.1))
+    penalty = replace(variant, settings=replace(variant.settings, kl_weight=0.1))
     assert positions(rows, penalty, 0.5)[1]["evaluations"] == 1600
     assert positions([], variant, 0.5) == [dict(iterations=0, evaluations=0, seconds=0)]
 

@@ -14,9 +14,11 @@ from neighbor_grpo.lab import compare
 from neighbor_grpo.models import sd3
 from neighbor_grpo.models.miniature import ScenesSettings, ScenesTask
 from neighbor_grpo.models.sd3 import MINIATURE, check_source, quiet, read_inputs, write_inputs
+from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask
+from neighbor_grpo.training import TrainSettings
 
 TEXTS = ["a cat", "two dogs", "a red bird", "a tree", "a house", "a fish"]
 TINY = (
@@ -115,14 +117,21 @@ def test_the_same_files_may_lie_elsewhere(place, tmp_path, capsys):
     assert "prompts must be the file that the run began with, which changed since" in error
 
 
-def test_all_runs_of_a_comparison_have_the_same_prompts(place, monkeypatch):
+def test_all_runs_of_a_comparison_have_the_same_prompts(place):
     "Those of the first moment, whenever a run begins."
     settings = ImagesSettings(source="pipe", prompts="p.txt", height=16, width=16, max_sequence_length=12)
-    first = ImagesTask(settings, place / "study" / "pretrained", progress=False)
+    first = ImagesTask(settings, place / "study" / "pretrained" / "0", progress=False)
     (place / "p.txt").rename(place / "away.txt")
     tasks = []
-    monkeypatch.setattr(compare, "train_held", lambda *a: tasks.append(ImagesTask(settings, a[-1], progress=False)))
-    compare.train_run(None, None, None, 0, 1.0, place / "study" / "pretrained", place / "study" / "runs" / "a")
+
+    def make_task(folder, seed, progress):
+        tasks.append(ImagesTask(settings, folder, progress=False))
+        raise InterruptedError
+
+    side = compare.Variant("a", NeighborGRPO(), TrainSettings())
+    study = compare.Study((side,), make_task, (0,), dict(iterations=1))
+    with pytest.raises(InterruptedError):
+        compare.train_run(None, study, "a-seed0", 1.0, place / "study")
     assert tasks[0].texts == first.texts and torch.equal(tasks[0].cond["embeds"], first.cond["embeds"])
 
 

@@ -122,11 +122,11 @@ def test_phases_of_an_iteration(monkeypatch):
         return forward(*arguments, **options)
 
     task.policy.transformer.forward = slow
-    trainer = Trainer(task, NeighborGRPO(steps=5, trained_steps=2, micro_batch=4, shift=0.0), TrainSettings(groups=1))
+    trainer = Trainer(task, NeighborGRPO(steps=5, trained_steps=2, shift=None), TrainSettings(groups=1, micro_batch=4))
     phases = timed_phases(trainer)
     assert phases["rollout"] == 5 and phases["seconds"] == 5 + 2  # eight trained states, four at once
     assert phases["rollout_outside"] == pytest.approx(0) and phases["update_outside"] == pytest.approx(0)
-    assert "collect" not in vars(trainer)
+    assert "credit" not in vars(trainer)
 
 
 def test_measured_rows():

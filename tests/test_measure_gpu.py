@@ -16,15 +16,14 @@ import yaml
 
 import measure_gpu
 from neighbor_grpo.lab import benchmark, cost
-from neighbor_grpo.lab.benchmark import StreamTime
+from neighbor_grpo.lab.benchmark import StreamTime, summaries, timed_rounds
 from neighbor_grpo.lab.cost import (
     RandomTask,
     gpu_markdown,
     gpu_tables,
     gradient_fits,
     largest_fit,
-    summary,
-    timed_rounds,
+    operations,
 )
 from neighbor_grpo.models.sd3 import SD3Settings
 from neighbor_grpo.neighbor import NeighborGRPO
@@ -216,25 +215,34 @@ def test_too_many_states_do_not_fit(monkeypatch):
 def test_no_iteration_starts_that_would_end_too_late(monkeypatch):
     "A second for each forward-equivalent: 12 and 67 a turn, one turn to warm up if a fifth of the time allows it."
     now = [0.0]
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
 
     def run(trainer):
-        seconds = cost.forward_equivalents(trainer.algorithm)
+        seconds = benchmark.forward_equivalents(trainer.algorithm)
         now[0] += seconds
         return dict(seconds=seconds)
 
-    monkeypatch.setattr(cost, "timed_phases", run)
     trainers = [mock.Mock(algorithm=NeighborGRPO()), mock.Mock(algorithm=DanceGRPO())]
     for seconds, counts in ((math.inf, [3, 3]), (91, [1, 1]), (90, [3, 0]), (24, [1, 0]), (23, [0, 0])):
         now[0], reports = 0.0, []
-        found = timed_rounds(trainers, 3, seconds, lambda found, to=reports: to.append(sum(map(len, found))), False)
+        tell = lambda found, to=reports: to.append(sum(map(len, found)))
+        found = timed_rounds(trainers, run, 3, seconds, tell, False)
         assert [len(rows) for rows in found] == counts and reports == list(range(1, sum(counts) + 1))
 
 
 def test_rate_counts_all_evaluations():
     algorithm = NeighborGRPO()  # 8 without gradient and 4/3 with, for each of 12
-    row = summary(algorithm, [dict(seconds=s) for s in (1.0, 2.0, 9.0)], dict(forward=3.0, both=9.0), groups=2)
-    assert row["seconds"] == 2 and row["timed"] == 3 and row["rate"] == pytest.approx(2 * 12 * (8 * 3 + 4 / 3 * 9) / 2)
+    work = operations(algorithm, dict(forward=3.0, both=9.0), groups=2)
+    assert work == pytest.approx(2 * 12 * (8 * 3 + 4 / 3 * 9))
+
+
+def test_summaries_are_medians_and_factors_of_each_round():
+    "The factor is not that of the medians; an algorithm without a timed iteration has no row."
+    algorithms = [NeighborGRPO(), DanceGRPO(), DanceGRPO(steps=15)]
+    found = [[dict(seconds=s) for s in (1.0, 2.0, 9.0)], [dict(seconds=s) for s in (3.0, 10.0, 9.0)], []]
+    first, second = summaries(algorithms, found)
+    assert (first["seconds"], first["timed"], first["times"], first["limit"]) == (2, 3, 1, 1)
+    assert (second["seconds"], second["times"]) == (9, 3) and second["limit"] == pytest.approx(67 / 12)
 
 
 def test_time_of_a_stream_waits_only_when_it_is_read(monkeypatch):

@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import fields
 
 import pytest
-import record_bits
 
+import record_bits
 from neighbor_grpo.cli import read_command
 
 

@@ -72,7 +72,7 @@ def tiny_trainer(device, iterations, pixels, folder, resume=False):
     from neighbor_grpo.runs.trainer import Trainer
     from neighbor_grpo.training import TrainSettings
 
-    algorithm = NeighborGRPO(steps=4, trained_steps=2, anchors=12, sigma=0.6, shift=0.0)
+    algorithm = NeighborGRPO(steps=4, trained_steps=2, anchors=12, sigma=0.6, shift=None)
     settings = TrainSettings(
         iterations=iterations, groups=2, lr=3e-3, eval_every=iterations, checkpoint_every=iterations
     )
