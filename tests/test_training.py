@@ -278,9 +278,9 @@ def test_the_average_collects():
     collectors, compared = [], []
 
     class Noting(NeighborGRPO):
-        def rollout(self, velocity, *arguments):
+        def follow(self, velocity, *arguments):
             collectors.append(weights(velocity))
-            return super().rollout(velocity, *arguments)
+            return super().follow(velocity, *arguments)
 
         def loss(self, velocity, rollout, states, advantages, on_policy, surrogate):
             assert not on_policy
@@ -328,9 +328,9 @@ def test_a_shuffled_run_does_not_learn():
 
 def test_the_iteration_reaches_the_rollout_and_what_it_spent_the_metrics():
     class Spending(NeighborGRPO):
-        def rollout(self, velocity, noise, cond, generator, iteration, reward):
-            assert reward(noise[:, None].expand(-1, 4, -1)).shape == (3, 4)
-            return replace(super().rollout(velocity, noise, cond, generator, iteration, reward), nfe=100.5 + iteration)
+        def follow(self, velocity, start, cond, generator, iteration, reward):
+            assert reward(start).shape == (3, 4)
+            return replace(super().follow(velocity, start, cond, generator, iteration, reward), nfe=100.5 + iteration)
 
     algorithm = Spending(group_size=4, steps=3, anchors=2, trained_steps=2)
     assert [row["nfe_old"] for row in run(algorithm=algorithm).rows] == [100.5 + k for k in range(6)]
