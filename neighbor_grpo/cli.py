@@ -6,12 +6,12 @@
 __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_BYTES', 'MAX_DEPTH', 'COMMON', 'FILES', 'RUNNING',
            'PAPER_MODELS', 'NOT_HERE', 'STOPS', 'COMMANDS', 'Entry', 'class_at', 'task_classes', 'defaults_of',
            'require_plain', 'Help', 'Parser', 'brought_along', 'check_modifiers', 'settings_of', 'names_of', 'recipes',
-           'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe', 'listed', 'overviews', 'train_parser',
-           'pick', 'pick_algorithm', 'read_early', 'read_command', 'introduce', 'report', 'print_figures', 'make_task',
-           'given_back', 'asked_processes', 'launched', 'leave', 'train', 'load_run', 'run_folder', 'evaluate',
-           'sample', 'save', 'bench_model', 'bench', 'read_variant', 'study_parser', 'read_file', 'read_study',
-           'compare', 'pretrain', 'serve', 'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files',
-           'main']
+           'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe', 'listed', 'in_one_line', 'overviews',
+           'train_parser', 'pick', 'pick_algorithm', 'read_early', 'read_command', 'introduce', 'report',
+           'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave', 'train', 'load_run',
+           'run_folder', 'evaluate', 'sample', 'save', 'bench_model', 'bench', 'read_variant', 'study_parser',
+           'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview', 'split_plugins',
+           'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -375,11 +375,16 @@ def listed(
     return "\n".join([f"{title}:", *(f"  {name:20}{what}" for name, what in entries.items())])
 
 
+def in_one_line(text: str) -> str:
+    "A docstring without its line breaks."
+    return " ".join(text.split())
+
+
 def overviews() -> list[str]:
     "The tasks, the recipes, the algorithms and the modifiers, each with a line."
     tasks = {name: what for name, (*_, what) in TASKS.items()}
-    algorithms = {name: cls.__doc__.splitlines()[0] for name, cls in ALGORITHMS.items()}
-    around = {name: cls.__doc__.splitlines()[0] for name, cls in MODIFIERS.items()}
+    algorithms = {name: in_one_line(cls.__doc__) for name, cls in ALGORITHMS.items()}
+    around = {name: in_one_line(cls.__doc__) for name, cls in MODIFIERS.items()}
     return [listed("tasks", tasks), listed("recipes", recipes()), listed("algorithms", algorithms),
             listed("modifiers, for --with", around)]
 
@@ -408,7 +413,7 @@ def train_parser(
     add("--quiet", action="store_true", help="Show no progress bars, only the figures at the end.")
     add("--trackers", default="", help="tensorboard, wandb or trackio, or several with commas.")
     for title, settings in settings_of(task, algorithm, modifiers).items():
-        group = parser.add_argument_group(title, settings.__doc__.splitlines()[0])
+        group = parser.add_argument_group(title, in_one_line(settings.__doc__))
         inner = {field.name for field in fields(settings) if field not in own_fields(settings)}
         group.add_class_arguments(settings, as_group=False, skip=inner)
     parser.start_from(defaults_of(task, algorithm) if defaults is None else defaults, source)

@@ -247,7 +247,7 @@ class Algorithm:
         raise NotImplementedError
 
     def advantages(self, rewards: Tensor,  # (P, G), or (P, G, R) for several rewards
-                   weights: Sequence[float] | None = None,  # of R rewards; None: equal, summing to 1
+                   weights: Sequence[float] | None = None,  # of R rewards; None: equal
                    standardize: Standardize = group_advantages) -> Tensor:  # (P, G)
         "What each candidate is worth."
         raise NotImplementedError

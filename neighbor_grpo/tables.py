@@ -34,12 +34,17 @@ def field_docs(
     docs = {}
     for kind in reversed([kind for kind in cls.__mro__ if is_dataclass(kind)]):
         linecache.getlines(inspect.getmodule(kind).__dict__.get("__file__", ""))
-        sources = ("".join(entry[2]) for entry in reversed([*linecache.cache.values()]) if len(entry) > 2)
-        source = next(s for s in sources if re.search(rf"^class {kind.__name__}\b", s, re.MULTILINE))
+        sources = ("".join(entry[2]) for entry in reversed([*linecache.cache.values()])
+                   if len(entry) > 2)
+        source = next(s for s in sources
+                      if re.search(rf"^class {kind.__name__}\b", s, re.MULTILINE))
         tree = ast.walk(ast.parse(source))
         body = next(n for n in tree if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
-        documented = lambda field, text: isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-        docs |= {field.target.id: text.value.value for field, text in pairwise(body) if documented(field, text)}
+        documented = lambda field, text: (
+            isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        )
+        docs |= {field.target.id: text.value.value for field, text in pairwise(body)
+                 if documented(field, text)}
     return docs
 
 
@@ -51,18 +56,21 @@ def settings_table(
     known = {f.name: f.default for f in fields(beyond)} if beyond else {}
     docs = field_docs(cls)
     rows = [f for f in fields(cls) if f.name not in known or known[f.name] != f.default]
-    return markdown_table(["setting", "default", "meaning"], [[f"`{f.name}`", f"`{f.default!r}`", docs[f.name]] for f in rows])
+    return markdown_table(["setting", "default", "meaning"],
+                          [[f"`{f.name}`", f"`{f.default!r}`", docs[f.name]] for f in rows])
 
 
 def details_table(
-    details: Sequence[tuple[str, str, str, str]],  # what, what the code does, names of settings, source
+    details: Sequence[tuple[str, str, str, str]],  # what, what the code does, settings, source
     cls: type | Sequence[type],  # whose defaults are shown
     first: int = 1,  # number of the first row
 ) -> str:
-    "Numbered implementation details, as Markdown; settings that are not the class's are the training loop's."
+    """Numbered implementation details, as Markdown; settings that are not the class's are the
+    training loop's."""
     classes, rows = [cls] if isinstance(cls, type) else cls, []
     defaults = {f.name: f.default for kind in classes for f in fields(kind)}
     for number, (detail, code, settings, source) in enumerate(details, first):
-        names = [f"`{name}={defaults[name]!r}`" if name in defaults else f"`{name}`" for name in settings.split()]
+        names = [f"`{name}={defaults[name]!r}`" if name in defaults else f"`{name}`"
+                 for name in settings.split()]
         rows.append([number, detail, code, ", ".join(names) or "–", source])
     return markdown_table(["#", "detail", "what the code does", "setting", "source"], rows, "rllll")

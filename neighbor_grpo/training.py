@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from .anchors import sample_subsets
 from .flow import Generators, Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards, combine_rewards, merged
-from .rollouts import Algorithm, Rollout, StepAlgorithm, States, Watched, check_types, per_state
+from .rollouts import (Algorithm, Rollout, StepAlgorithm, States, Watched, check_types,
+                                    per_state)
 
 # %% ../nbs/training.ipynb #7aa3e30c
 class Task:
@@ -296,7 +297,8 @@ def check_run(
     s, parts = settings, algorithm.together
     allowed = f"an integer >= 0, a multiple of {parts}, the states that are judged together"
     require(s.micro_batch % parts == 0, "micro_batch", s.micro_batch, allowed)
-    can_hold, allowed = len(algorithm.untrained) > 0, "0 unless only the first or last steps are trained"
+    can_hold = len(algorithm.untrained) > 0
+    allowed = "0 unless only the first or last steps are trained"
     require(can_hold or s.hold_weight == 0, "hold_weight", s.hold_weight, allowed)
     trained = any(p.requires_grad for p in task.policy.parameters())
     allowed = "a module whose weights require a gradient"

@@ -18,8 +18,9 @@ from torch import Tensor
 from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import group_advantages, standardized, surrogate
 from ..neighbors import neighbor_noise
-from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States, Surrogate, check_settings, choose_steps,
-                                    everyone, for_each, untrained_steps)
+from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States, Surrogate,
+                                    check_settings, choose_steps, everyone, for_each,
+                                    untrained_steps)
 from ..sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
 
 # %% ../../nbs/rivals/gaussian.ipynb #e9bfc457
@@ -33,7 +34,8 @@ class SDEGRPO(StepAlgorithm):
     shift: float | None = 1.0
     "Time shift of the grid; 3 for SD3; None: that of the task."
     grid: Literal["even", "scheduler"] = "even"
-    "Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that passes it no sigmas."
+    """Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that passes
+    it no sigmas."""
     trained_steps: int = 4
     "K, noisy steps trained for each candidate."
     train_where: Literal["random", "first", "last"] = "random"
@@ -69,7 +71,8 @@ class SDEGRPO(StepAlgorithm):
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor,
              t_max: Tensor) -> tuple[Tensor, Tensor]:
-        "Mean and deviation of a noisy step; `t_max` stands for t = 1, where Flow-GRPO's is infinite."
+        """Mean and deviation of a noisy step; `t_max` stands for t = 1, where Flow-GRPO's is
+        infinite."""
         if self.sampler == "flow": return flow_sde(x, v, t, t_next, self.noise_level, t_max)
         return (dance_sde if self.sampler == "dance" else cps)(x, v, t, t_next, self.noise_level)
 
@@ -79,7 +82,8 @@ class SDEGRPO(StepAlgorithm):
         return neighbor_noise(noise, count, 1.0, generator)
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
-               generator: Generators = None, iteration: int = 0, reward: Reward | None = None) -> Rollout:
+               generator: Generators = None, iteration: int = 0,
+               reward: Reward | None = None) -> Rollout:
         "Draw every step from its Gaussian, the last one only if asked to."
         groups, size = start.shape[:2]
         ts, noisy = self.times(), [True] * (self.steps - 1) + [self.noisy_last_step]
@@ -124,7 +128,8 @@ class SDEGRPO(StepAlgorithm):
         return ((mean - mean_old) / std).square().flatten(1).mean(1) / 2
 
     def distance_weights(self, rollout: Rollout, states: States) -> Tensor:
-        "(M,): the mean is linear in the velocity, the divergence a weighted distance of velocities."
+        """(M,): the mean is linear in the velocity, the divergence a weighted distance of
+        velocities."""
         move, std = self.response(rollout.ts)
         return states.select_step((move / std).square() / 2)
 
@@ -165,7 +170,8 @@ class FlowGRPO(SDEGRPO):
 # %% ../../nbs/rivals/gaussian.ipynb #cfff281b
 @dataclass(frozen=True)
 class DanceGRPO(SDEGRPO):
-    "DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained, one noise a group."
+    """DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained,
+    one noise a group."""
     steps: int = 25
     "T, solver steps of a rollout. The DanceGRPO authors' own: 16."
     trained_steps: int = 14

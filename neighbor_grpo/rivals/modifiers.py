@@ -20,8 +20,8 @@ from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import check_rewards, group_advantages, in_units, surrogate
 from ..neighbor import NeighborGRPO
 from .gaussian import SDEGRPO
-from ..rollouts import (Algorithm, Reward, Rollout, Standardize, StepAlgorithm, Watched, check_types,
-                                    for_each, per_state)
+from ..rollouts import (Algorithm, Reward, Rollout, Standardize, StepAlgorithm, Watched,
+                                    check_types, for_each, per_state)
 from ..solvers import solve
 
 # %% ../../nbs/rivals/modifiers.ipynb #42aa2fd4
@@ -60,7 +60,8 @@ class Modifier(StepAlgorithm):
     together, nfe_old, nfe_theta = (inside(name) for name in ("together", "nfe_old", "nfe_theta"))
     steps, trained_steps, untrained = map(inside, ("steps", "trained_steps", "untrained"))
 
-    def starts(self, noise, count, generator=None): return self.algorithm.starts(noise, count, generator)
+    def starts(self, noise, count, generator=None):
+        return self.algorithm.starts(noise, count, generator)
     def follow(self, *arguments): return self.algorithm.follow(*arguments)
     def advantages(self, *arguments, **named): return self.algorithm.advantages(*arguments, **named)
     def choose(self, *arguments): return self.algorithm.choose(*arguments)
@@ -165,8 +166,8 @@ class ChunkedRatios(Modifier):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.chunk >= 0 and self.trained_steps % (self.chunk or 1) == 0, "chunk", self.chunk,
-                f"0, or a divisor of {self.trained_steps}, the trained steps")
+        require(self.chunk >= 0 and self.trained_steps % (self.chunk or 1) == 0, "chunk",
+                self.chunk, f"0, or a divisor of {self.trained_steps}, the trained steps")
 
     @property
     def together(self) -> int:

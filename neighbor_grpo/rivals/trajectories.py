@@ -35,15 +35,18 @@ def best_of_each(
 
 # %% ../../nbs/rivals/trajectories.ipynb #b49a6440
 def single(rewards: Tensor) -> Tensor:
-    "`(P, G[, R]) -> (P, G)`: the mean of several rewards, since what is remembered is compared over iterations."
+    """`(P, G[, R]) -> (P, G)`: the mean of several rewards, since what is remembered is compared
+    over iterations."""
     return rewards if rewards.ndim == 2 else rewards.mean(2)
 
 
 @dataclass(frozen=True)
 class Replay(Modifier):
-    "OP-GRPO, built after the abstract: the best trajectories of earlier iterations come back in place of dull ones."
+    """OP-GRPO, built after the abstract: the best trajectories of earlier iterations come back in
+    place of dull ones."""
     replay: int = 3
-    "Candidates of each group that give way to remembered ones, in [0, group_size - 1]. Rule and number unconfirmed."
+    """Candidates of each group that give way to remembered ones, in [0, group_size - 1]. Rule and
+    number unconfirmed."""
     memory_size: int = 8
     "Trajectories remembered for each prompt, the best, >= 1. Unconfirmed."
     memory_age: int = 10
@@ -64,7 +67,8 @@ class Replay(Modifier):
 
     def recall(self, rollout: Rollout, rewards: Tensor, prompts: Tensor, memory: dict[str, Tensor],
                generator: Generators = None) -> tuple[Rollout, Tensor, dict]:
-        "Put remembered trajectories in place of candidates near their group's mean; the best fresh ones are news."
+        """Put remembered trajectories in place of candidates near their group's mean; the best
+        fresh ones are news."""
         if self.replay == 0: return rollout, rewards, {}
         news, score = self.news(rollout, rewards, prompts), single(rewards)
         x, v, rewards = rollout.x.clone(), rollout.v.clone(), rewards.clone()
@@ -75,22 +79,32 @@ class Replay(Modifier):
             if len(known) == 0: continue
             rows = known[sample_subsets(1, len(known), min(self.replay, len(known)), own)[0]]
             dull = (score[group] - score[group].mean()).abs().argsort(stable=True)[:len(rows)]
-            for values, name in ((x, "x"), (v, "v")): values[:, group, dull] = memory[name][rows].transpose(0, 1).to(x)
+            for values, name in ((x, "x"), (v, "v")):
+                values[:, group, dull] = memory[name][rows].transpose(0, 1).to(x)
             rewards[group, dull], replayed[group, dull] = memory["reward"][rows].to(rewards), True
-        return replace(rollout, x=x, v=v, replayed=replayed if replayed.any() else None), rewards, news
+        return (
+            replace(rollout, x=x, v=v, replayed=replayed if replayed.any() else None),
+            rewards,
+            news,
+        )
 
     def news(self, rollout: Rollout, rewards: Tensor, prompts: Tensor) -> dict[str, Tensor]:
-        "The best candidates of each group, a row each: prompt, reward, states `(N, T+1, *shape)` and velocities."
+        """The best candidates of each group, a row each: prompt, reward, states `(N, T+1, *shape)`
+        and velocities."""
         best = single(rewards).argsort(dim=1, descending=True, stable=True)[:, :self.memory_size]
         group = torch.arange(len(best))[:, None]
-        x, v = (values[:, group, best].flatten(1, 2).transpose(0, 1).cpu() for values in (rollout.x, rollout.v))
-        prompt, reward = prompts[:, None].expand_as(best).flatten(), rewards[group, best].flatten(0, 1)
+        x, v = (values[:, group, best].flatten(1, 2).transpose(0, 1).cpu()
+                for values in (rollout.x, rollout.v))
+        prompt = prompts[:, None].expand_as(best).flatten()
+        reward = rewards[group, best].flatten(0, 1)
         return dict(prompt=prompt, reward=reward, x=x, v=v)
 
     def remember(self, memory: dict[str, Tensor], news: list[dict], iteration: int) -> dict[str,
                  Tensor]:
-        "The best of each prompt among the news and what is not too old, the same however the groups were split."
-        parts = [dict(new, iteration=torch.full_like(new["prompt"], iteration)) for new in news if new]
+        """The best of each prompt among the news and what is not too old, the same however the
+        groups were split."""
+        parts = [dict(new, iteration=torch.full_like(new["prompt"], iteration)) for new in news
+                 if new]
         parts += [memory] if memory else []
         if not parts: return {}
         rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
@@ -102,16 +116,19 @@ class Replay(Modifier):
 
 @dataclass(frozen=True)
 class OPGRPO(FlowGRPO):
-    "The steps of OP-GRPO (arXiv 2604.04142), built after the abstract: late ones cut off. Goes with `replay` and `chunks`."
+    """The steps of OP-GRPO (arXiv 2604.04142), built after the abstract: late ones cut off. Goes
+    with `replay` and `chunks`."""
     trained_steps: int = 5
     "K, noisy steps trained for each candidate. How many the paper cuts off is unconfirmed."
     train_where: Literal["random", "first", "last"] = "first"
-    "Which K steps: the first, so that the late ones, whose ratios are ill-conditioned, are cut off."
+    """Which K steps: the first, so that the late ones, whose ratios are ill-conditioned, are cut
+    off."""
 
 # %% ../../nbs/rivals/trajectories.ipynb #864619d9
 @dataclass(frozen=True)
 class TMPO(SDEGRPO):
-    "TMPO (arXiv 2605.10983): match the probabilities of a group's trajectories to `softmax(beta R)`. Without its tree."
+    """TMPO (arXiv 2605.10983): match the probabilities of a group's trajectories to `softmax(beta
+    R)`. Without its tree."""
     steps: int = 6
     "T, solver steps of a rollout; the authors' setting for FLUX."
     shift: float = 3.0
@@ -123,11 +140,13 @@ class TMPO(SDEGRPO):
     shared_noise: bool = True
     "Start all candidates of a group from one noise, as the root of the authors' tree does."
     beta: float = 2.0
-    "Inverse temperature of the target, on standardized rewards, > 0; the authors' FLUX run ends at 2, SD3.5's has 15."
+    """Inverse temperature of the target, on standardized rewards, > 0; the authors' FLUX run ends
+    at 2, SD3.5's has 15."""
     match: Literal["balance", "cross"] = "balance"
     "'balance': squared log differences (Softmax-TB of the authors' code). 'cross': cross-entropy."
     standardise: bool = True
-    "Standardize the rewards of a group before beta; without, beta is a temperature that stays. The authors have both."
+    """Standardize the rewards of a group before beta; without, beta is a temperature that stays.
+    The authors have both."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -142,9 +161,14 @@ class TMPO(SDEGRPO):
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
-        "`(P, G[, R]) -> (P, G)`: the target's logits, `beta` times the centered reward; their softmax is q."
+        """`(P, G[, R]) -> (P, G)`: the target's logits, `beta` times the centered reward; their
+        softmax is q."""
         if self.standardise: return self.beta * super().advantages(rewards, weights, standardize)
-        rewards = rewards if rewards.ndim == 2 else combine_rewards(rewards.unbind(2), weights, standardise=False)
+        rewards = (
+            rewards
+            if rewards.ndim == 2
+            else combine_rewards(rewards.unbind(2), weights, standardise=False)
+        )
         rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero
         return self.beta * (rewards - rewards.mean(1, keepdim=True))
 
@@ -155,5 +179,10 @@ class TMPO(SDEGRPO):
         log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
         log_p = log_prob.view(shape).sum(2).log_softmax(1)
         log_q = states.of_candidates(advantages).view(shape)[..., 0].log_softmax(1)
-        gain = self.group_size * (log_q.exp() * log_p) if self.match == "cross" else -(log_p - log_q).square() / 2
-        return -self.trained_steps * gain.sum()  # so that the loss is a mean over trajectories, not over their steps
+        gain = (
+            self.group_size * (log_q.exp() * log_p)
+            if self.match == "cross"
+            else -(log_p - log_q).square() / 2
+        )
+        # so that the loss is a mean over trajectories, not over their steps
+        return -self.trained_steps * gain.sum()

@@ -27,7 +27,8 @@ COLOURS = {"red": (0.90, 0.20, 0.20), "green": (0.25, 0.75, 0.30), "blue": (0.25
            "yellow": (0.95, 0.85, 0.20), "purple": (0.70, 0.30, 0.85), "cyan": (0.25, 0.85, 0.90)}
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # x to the right, y down
+# x to the right, y down
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 BACKGROUND = (0.10, 0.10, 0.12)
 
 # %% ../../nbs/tasks/scenes.ipynb #a9fc3bce
@@ -61,8 +62,10 @@ class Caption:
     "What it is placed against."
 
     def __post_init__(self):
-        require((self.second is None) == (self.relation is None), "second", self.second, "a thing where a relation is")
-        require(self.relation in (None, *RELATIONS), "relation", self.relation, f"one of {', '.join(RELATIONS)}")
+        require((self.second is None) == (self.relation is None), "second", self.second,
+                "a thing where a relation is")
+        require(self.relation in (None, *RELATIONS), "relation", self.relation,
+                f"one of {', '.join(RELATIONS)}")
         for thing in (self.first, self.second) if self.second else ():
             require(thing.count == 1, "count", thing.count, "1 in a relation")
 
@@ -84,7 +87,8 @@ def all_captions(
     kind: str,  # 'single', 'count' or 'relation'
 ) -> list[Caption]:
     "Every caption of a kind, in a fixed order."
-    require(kind in ("single", "count", "relation"), "kind", kind, "'single', 'count' or 'relation'")
+    require(kind in ("single", "count", "relation"), "kind", kind,
+            "'single', 'count' or 'relation'")
     kinds = list(itertools.product(COLOURS, SHAPES))
     if kind == "single": return [Caption(Thing(*one)) for one in kinds]
     if kind == "count": return [Caption(Thing(*one, count)) for one in kinds for count in (2, 3, 4)]
@@ -100,7 +104,7 @@ def words() -> list[str]:
 # %% ../../nbs/tasks/scenes.ipynb #92e705c4
 def split_captions(
     kind: str,  # 'count' or 'relation'
-) -> dict[str, list[Caption]]:  # 'unseen' in pretraining; 'held' out of the reinforcement learning; 'train' for it
+) -> dict[str, list[Caption]]:  # 'unseen' in pretraining; 'held' out of training; 'train'
     "One sixth is never shown in pretraining, one third only in pretraining, one half in both."
     require(kind in ("count", "relation"), "kind", kind, "'count' or 'relation'")
     parts = {"unseen": [], "held": [], "train": []}
@@ -128,12 +132,20 @@ def templates(
     "How much of each pixel a circle, a square and a triangle cover."
     pixels, (x, y) = torch.arange(size) + 0.5, centre[..., None].unbind(-2)
     dx, dy, r = (pixels - x)[..., None, :], (pixels - y)[..., None], radius[..., None, None]
-    return torch.stack([(0.5 - distance(dx[..., k, :, :], dy[..., k, :, :], r[..., k, :, :])).clamp_(0, 1)
-                        for k, distance in enumerate(DISTANCES)], -3)
+    return torch.stack(
+        [
+            (0.5 - distance(dx[..., k, :, :], dy[..., k, :, :], r[..., k, :, :])).clamp_(0, 1)
+            for k, distance in enumerate(DISTANCES)
+        ],
+        -3,
+    )
 
 # %% ../../nbs/tasks/scenes.ipynb #57be10f7
 SIZE = 32  # pixels along a side of a scene
-EXTENT = torch.tensor([[-1, -1, 1, 1], [-0.887, -0.887, 0.887, 0.887], [-1.347, -1.556, 1.347, 0.778]])  # box / radius
+# box / radius
+EXTENT = torch.tensor(
+    [[-1, -1, 1, 1], [-0.887, -0.887, 0.887, 0.887], [-1.347, -1.556, 1.347, 0.778]]
+)
 
 
 @dataclass(frozen=True)
@@ -172,27 +184,35 @@ def clearance(
 ) -> Tensor:  # (...) pixels; infinite for no relation
     "How clearly one shape stands on the asked side of the other: negative if it does not."
     along, across = (offset * way).sum(-1), (offset * way.flip(-1)).sum(-1).abs()
-    return torch.minimum(along - least, slope * along - across).masked_fill((way == 0).all(-1), math.inf)
+    return torch.minimum(along - least, slope * along - across).masked_fill(
+        (way == 0).all(-1), math.inf
+    )
 
 # %% ../../nbs/tasks/scenes.ipynb #0c741c9e
-RADII = {"single": (3.5, 6.0), "count": (3.0, 4.2), "relation": (3.2, 5.0)}  # least and most, in pixels
+# least and most, in pixels
+RADII = {"single": (3.5, 6.0), "count": (3.0, 4.2), "relation": (3.2, 5.0)}
 
 
 def draw_layout(
     captions: list[Caption],  # N of them
     generator: torch.Generator | None = None,
 ) -> Layout:
-    "Random places that fit the captions: each shape is drawn again until it fits, the scene anew if none does."
+    """Random places that fit the captions: each shape is drawn again until it fits, the scene anew
+    if none does."""
     require(len(captions) > 0, "captions", captions, "at least one")
     n, most = len(captions), max(len(c.things) for c in captions)
     there = torch.tensor([[k < len(c.things) for k in range(most)] for c in captions])
     padded = [c.things + c.things[:1] * (most - len(c.things)) for c in captions]
-    colour, shape = (torch.tensor([[list(names).index(thing[i]) for thing in things] for things in padded])
-                     for i, names in enumerate((COLOURS, SHAPES)))
+    colour, shape = (
+        torch.tensor([[list(names).index(thing[i]) for thing in things] for things in padded])
+        for i, names in enumerate((COLOURS, SHAPES))
+    )
     low, high = torch.tensor([RADII[c.kind] for c in captions]).unsqueeze(1).unbind(-1)
     way = torch.tensor([RELATIONS.get(c.relation, (0, 0)) for c in captions], dtype=torch.float32)
     centre, radius, ends = torch.zeros(n, most, 2), torch.zeros(n, most), there.sum(1)
-    placed, failed, todo = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), torch.arange(n)
+    placed = torch.zeros(n, dtype=torch.long)
+    failed = torch.zeros(n, dtype=torch.long)
+    todo = torch.arange(n)
     while len(todo):
         k = placed[todo]
         centre[todo, k] = SIZE * torch.rand(len(todo), 2, generator=generator)
@@ -211,10 +231,16 @@ def render(
     "Paint the shapes over the background, one after another."
     palette = torch.tensor(list(COLOURS.values()))
     images = torch.tensor(BACKGROUND)[:, None, None].expand(len(layout.shape), 3, SIZE, SIZE)
-    drawn = templates(layout.centre[:, :, None].expand(-1, -1, 3, -1), layout.radius[..., None].expand(-1, -1, 3), SIZE)
-    cover = drawn.take_along_dim(layout.shape[..., None, None, None], 2)[:, :, 0] * (layout.radius > 0)[..., None, None]
+    drawn = templates(layout.centre[:, :, None].expand(-1, -1, 3, -1),
+                      layout.radius[..., None].expand(-1, -1, 3), SIZE)
+    cover = (
+        drawn.take_along_dim(layout.shape[..., None, None, None], 2)[:, :, 0]
+        * (layout.radius > 0)[..., None, None]
+    )
     for k in range(layout.shape.shape[1]):
-        images = images + cover[:, k, None] * (palette[layout.colour[:, k]][:, :, None, None] - images)
+        images = images + cover[:, k, None] * (
+            palette[layout.colour[:, k]][:, :, None, None] - images
+        )
     return images
 
 # %% ../../nbs/tasks/scenes.ipynb #b337c060
@@ -228,7 +254,7 @@ def above_ground(images: Tensor) -> Tensor:
 # %% ../../nbs/tasks/scenes.ipynb #a4002d19
 def paint(
     images: Tensor,  # (N, 3, H, W) in [0, 1]
-) -> tuple[Tensor, Tensor]:  # (N, H, W) index k of the nearest colour; (N, H, W) its share s of the pixel
+) -> tuple[Tensor, Tensor]:  # (N, H, W) each: number of the nearest colour, its share
     "Each pixel as a mixture of the background and the colour that explains it best."
     lengths = TINTS.square().sum(1)[:, None, None]
     share = (TINTS @ above_ground(images).flatten(2)).unflatten(2, images.shape[2:]) / lengths
@@ -238,7 +264,8 @@ def paint(
 
 # %% ../../nbs/tasks/scenes.ipynb #0c44bd16
 def grown(mask: Tensor, pixels: int) -> Tensor:
-    "The pixels of a mask (N, H, W) and so many around them, diagonals included; a negative number shrinks it."
+    """The pixels of a mask (N, H, W) and so many around them, diagonals included; a negative number
+    shrinks it."""
     if pixels < 0: return ~grown(~mask, -pixels)
     for axis, edge in ((1, (0, 0, pixels, pixels)), (2, (pixels, pixels))):
         shifted = F.pad(mask, edge).unfold(axis, mask.shape[axis], 1)
@@ -259,7 +286,7 @@ MOST = 8  # blobs of an image that are looked at, the largest; more are unexplai
 
 def blobs(
     share: Tensor,  # (N, H, W) in [0, 1]
-) -> tuple[Tensor, Tensor, Tensor]:  # (N, H, W) the blob's number, 0 for none; (M,) its image; (M, 2) middle y and x
+) -> tuple[Tensor, Tensor, Tensor]:  # (N, H, W) blob or 0; (M,) its image; (M, 2) middle y, x
     "Connected pixels that are mostly foreground."
     touching = np.zeros((3, 3, 3))
     touching[1] = 1  # the eight around it, in the same image
@@ -270,7 +297,8 @@ def blobs(
     rank = np.argsort(largest) - np.searchsorted(home, home)  # among the blobs of the same image
     keep = np.r_[False, (size >= LEAST) & (rank < MOST)]
     labels = (np.cumsum(keep) * keep)[labels]
-    boxes = [[(axis.start + axis.stop) // 2 for axis in box] for box in ndimage.find_objects(labels)]
+    boxes = [[(axis.start + axis.stop) // 2 for axis in box]
+             for box in ndimage.find_objects(labels)]
     image, middle = torch.tensor(boxes, dtype=torch.long).view(-1, 3).split((1, 2), 1)
     return torch.from_numpy(labels), image[:, 0], middle
 
@@ -298,16 +326,20 @@ def fit(
 
 # %% ../../nbs/tasks/scenes.ipynb #b210e812
 def severity(squares: Tensor, area: Tensor) -> Tensor:
-    "Root mean square over the blob's area, or two fifths of the largest, whichever is more: (M, K, H, W) to (M, K)."
+    """Root mean square over the blob's area, or two fifths of the largest, whichever is more: (M,
+    K, H, W) to (M, K)."""
     squares = squares.flatten(2)
     return torch.maximum((squares.sum(2) / area).sqrt(), 0.4 * squares.amax(2).sqrt())
 
 
 def difference(cover: Tensor, drawn: Tensor) -> Tensor:
-    "Smoothed difference of cover (M, W, W) and templates (M, 3, W, W), which may be blurred a little."
+    """Smoothed difference of cover (M, W, W) and templates (M, 3, W, W), which may be blurred a
+    little."""
     sharp = smooth(drawn)
     sharp, blurred = smooth(cover)[:, None] - sharp, smooth(smooth(sharp)[..., 1:-1, 1:-1]) - sharp
-    amount = (sharp * blurred).flatten(2).sum(2) / blurred.square().flatten(2).sum(2).clamp_min(1e-6)
+    amount = (sharp * blurred).flatten(2).sum(2) / blurred.square().flatten(2).sum(2).clamp_min(
+        1e-6
+    )
     return sharp - amount.clamp(0, 0.5)[..., None, None] * blurred
 
 # %% ../../nbs/tasks/scenes.ipynb #b3a3b0fb
@@ -315,7 +347,7 @@ def match(
     crop: Tensor,  # (M, 3, W, W) above the background
     own: Tensor,  # (M, W, W) pixels of the blob
     other: Tensor,  # (M, W, W) pixels of other blobs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M,) colour; (M, 3, 2) centres in the crop; (M, 3) radii; (M, 3) misfits
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M,) colour; (M, 3[, 2]) centers, radii, misfits
     "Colour of each blob, its best fit of every shape, and how far it is from that."
     inner = grown(own, -1)
     inner = torch.where(inner.flatten(1).any(1)[:, None, None], inner, own)
@@ -327,7 +359,9 @@ def match(
     centre, radius, drawn = fit(cover)
     area = cover.flatten(1).sum(1, keepdim=True).clamp_min(1)
     form = severity(difference(cover, drawn).square(), area)
-    uneven = severity((smooth(crop).square().sum(1) / length - smooth(cover).square()).clamp_min(0)[:, None], area)
+    uneven = severity(
+        (smooth(crop).square().sum(1) / length - smooth(cover).square()).clamp_min(0)[:, None], area
+    )
     return colour, centre, radius, torch.maximum(form, torch.maximum(uneven, off[:, None]) / 2)
 
 # %% ../../nbs/tasks/scenes.ipynb #275521fe
@@ -359,12 +393,14 @@ def find(
     images: Tensor,  # (N, 3, 32, 32) in [0, 1]
 ) -> Found:
     "Connected foreground pixels, each matched with a template of every shape."
-    require(images.ndim == 4 and images.shape[1] == 3 and len(images) > 0, "images", f"shape {tuple(images.shape)}",
-            "of shape (N, 3, H, W), N >= 1")
+    require(images.ndim == 4 and images.shape[1] == 3 and len(images) > 0, "images",
+            f"shape {tuple(images.shape)}", "of shape (N, 3, H, W), N >= 1")
     images, half = images.detach().float().cpu().nan_to_num().clamp(0, 1), WINDOW // 2
     labels, image, middle = blobs(paint(images)[1])
     pixels, number = above_ground(images), torch.arange(1, len(image) + 1)[:, None, None]
-    rest = (smooth(pixels * ~grown(labels > 0, 2)[:, None]).square().sum(1).sqrt() - 0.08).clamp_min(0)
+    rest = (
+        smooth(pixels * ~grown(labels > 0, 2)[:, None]).square().sum(1).sqrt() - 0.08
+    ).clamp_min(0)
     rows, columns = (middle[:, i, None] + torch.arange(WINDOW) for i in (0, 1))
     where = image[:, None, None], rows[:, :, None], columns[:, None]
     crop = F.pad(pixels, (half,) * 4).permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2)
@@ -373,7 +409,9 @@ def find(
     centre = centre + (middle.flip(1) - half)[:, None]
     low, high = (centre.repeat(1, 1, 2) + EXTENT * radius[..., None]).split(2, -1)
     over = torch.maximum(-low, high - torch.tensor(images.shape[:1:-1])).amax(-1).clamp_min(0)
-    lost = torch.bincount(labels.flatten(), minlength=len(image) + 1)[1:] - (label == number).flatten(1).sum(1)
+    lost = torch.bincount(labels.flatten(), minlength=len(image) + 1)[1:] - (
+        label == number
+    ).flatten(1).sum(1)
     misfits = misfits + over / 2 + lost[:, None]
     misfit, shape = misfits.min(1)
     centre, radius = (values[torch.arange(len(shape)), shape] for values in (centre, radius))
@@ -381,11 +419,17 @@ def find(
 
 # %% ../../nbs/tasks/scenes.ipynb #111ceda6
 def asked(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
-    "Colours (N, 4) and shapes (N, 4) of what captions name, -1 beyond it, and the way (N, 2) of their relations."
+    """Colours (N, 4) and shapes (N, 4) of what captions name, -1 beyond it, and the way (N, 2) of
+    their relations."""
     things = [c.things + [(None, None)] * (4 - len(c.things)) for c in captions]
-    colours, shapes = ({name: i for i, name in enumerate(names)} | {None: -1} for names in (COLOURS, SHAPES))
-    numbers = torch.tensor([[(colours[c], shapes[s]) for c, s in row] for row in things]).view(-1, 4, 2)
-    return *numbers.unbind(-1), torch.tensor([RELATIONS.get(c.relation, (0, 0)) for c in captions]).float().view(-1, 2)
+    colours, shapes = ({name: i for i, name in enumerate(names)} | {None: -1}
+                       for names in (COLOURS, SHAPES))
+    numbers = torch.tensor([[(colours[c], shapes[s]) for c, s in row] for row in things]).view(
+        -1, 4, 2
+    )
+    return *numbers.unbind(-1), torch.tensor(
+        [RELATIONS.get(c.relation, (0, 0)) for c in captions]
+    ).float().view(-1, 2)
 
 # %% ../../nbs/tasks/scenes.ipynb #ff7b1cd1
 TOLERANCE = 0.065  # largest misfit of a shape that counts
@@ -396,9 +440,11 @@ def assign(
     found: Found,  # in N images
     colour: Tensor,  # (N, 4) index into COLOURS of each shape that is asked for, -1 for none
     shape: Tensor,  # (N, 4) index into SHAPES
-) -> tuple[Tensor, Tensor]:  # (N, 4) quality in [0, 1] of the blob that it got; (N, 4, 2) its centre, nan for none
+) -> tuple[Tensor, Tensor]:  # (N, 4) quality of its blob in [0, 1]; (N, 4, 2) center or nan
     "Give each shape that is asked for a blob of its colour, the best pairs first."
-    image, rows, many = found.image, torch.arange(len(colour)), found.image.bincount(minlength=len(colour))
+    image = found.image
+    rows = torch.arange(len(colour))
+    many = found.image.bincount(minlength=len(colour))
     excess = (found.misfits.gather(1, shape[image].clamp_min(0)) / TOLERANCE - 1).clamp_min(0)
     rank, most = torch.arange(len(image)) - (many.cumsum(0) - many)[image], int(many.max()) + 1
     table, places = torch.zeros(len(colour), most, 4), torch.zeros(len(colour), most, 2)
@@ -419,7 +465,8 @@ def verify(
     captions: list[Caption],  # N of them
 ) -> tuple[Tensor, Tensor]:  # strict (N,): 1 where all is right, else 0; graded (N,) in [0, 1]
     "Does each image hold what its caption says, and nothing else?"
-    require(len(images) == len(captions), "captions", len(captions), f"{len(images)}, one for each image")
+    require(len(images) == len(captions), "captions", len(captions),
+            f"{len(images)}, one for each image")
     found, (colour, shape, way) = find(images), asked(captions)
     quality, place = assign(found, colour, shape)
     there, want = found.image.bincount(minlength=len(captions)), (colour >= 0).sum(1)
