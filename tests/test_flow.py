@@ -6,8 +6,17 @@ from helpers import weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neighbor_grpo.flow import (denoised, expand_time, flow_matching_loss, implied_noise, interpolate, randn,
-                                seeded, time_grid, velocity_target)
+from neighbor_grpo.flow import (
+    denoised,
+    expand_time,
+    flow_matching_loss,
+    implied_noise,
+    interpolate,
+    randn,
+    seeded,
+    time_grid,
+    velocity_target,
+)
 from neighbor_grpo.toyflows import TimeEmbedding, VelocityMLP, eight_gaussians, one_cycle, train_flow
 
 shifts = st.floats(0.2, 8)

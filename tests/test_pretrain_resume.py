@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from neighbor_grpo import training
-from neighbor_grpo.toyflows import VelocityMLP, eight_gaussians, train_flow
 from neighbor_grpo.models import miniature
 from neighbor_grpo.models.miniature import PretrainSettings, pretrain
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.trainer import Snapshot, snapshot_of
 from neighbor_grpo.tasks.digits import DigitsSettings, DigitsTask
 from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
+from neighbor_grpo.toyflows import VelocityMLP, eight_gaussians, train_flow
 
 DATA = lambda generator: (eight_gaussians(32, generator), None)
 TASKS = {"toy": (ToyTask, ToySettings(pretrain_steps=9)), "digits": (DigitsTask, DigitsSettings(pretrain_steps=4))}

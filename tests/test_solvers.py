@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.toyflows import VelocityMLP
 from neighbor_grpo.solvers import METHODS, ab2_step, dpm2m_step, euler_step, solve, step_response
+from neighbor_grpo.toyflows import VelocityMLP
 
 # --- diffusers ---
 
