@@ -6,6 +6,7 @@ Written by hand; nothing in the library uses it. A script that imports by new na
 import importlib
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
@@ -53,7 +54,7 @@ class Asked:
         full = f"{PACKAGE}.{self.module}"
         for home in () if self.is_own(full, name) else PARTS[self.module]:
             module = importlib.import_module(f"{PACKAGE}.{home}")
-            if name in module.__all__:
+            if name in vars(module)["__all__"]:
                 warn(f"{self.module}.{name}", f"{home}.{name}")
                 return getattr(module, name)
         raise AttributeError(f"module {full!r} has no attribute {name!r}")
@@ -88,8 +89,8 @@ class Remains(Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.removeprefix(f"{PACKAGE}.")
         homes = [importlib.import_module(f"{PACKAGE}.{home}") for home in PARTS[old]]
-        module.__all__ = [name for home in homes for name in home.__all__]
-        module.__getattr__ = Asked(old)
+        offered = [name for home in homes for name in vars(home)["__all__"]]
+        vars(module).update(__all__=offered, __getattr__=Asked(old))
 
 
 class Extended(SourceFileLoader):
@@ -98,15 +99,15 @@ class Extended(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         old = module.__name__.removeprefix(f"{PACKAGE}.")
-        module.__getattr__ = Asked(old)
-        if old in STARRED:
-            module.__all__ = [*module.__all__, *STARRED[old]]
+        offered = [*vars(module).get("__all__", []), *STARRED.get(old, [])]
+        vars(module).update(__getattr__=Asked(old), **{"__all__": offered} if offered else {})
 
 
 class Moved(MetaPathFinder):
     "Finds modules of this package by the names that they had."
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None,
+                  target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
         if package != PACKAGE or old not in WHOLE and old not in PARTS:
             return None

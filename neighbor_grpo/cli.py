@@ -43,11 +43,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from torch import nn
 
 from . import __version__
 from .neighbor import NeighborGRPO
 from .rivals.gaussian import DanceGRPO
-from .flow import Velocity, require
+from .flow import require
 from .rivals.mixed import MixGRPO
 from .rivals.catalogue import (ALGORITHMS, BROUGHT_ALONG, MODIFIERS, modified,
                                             own_fields)
@@ -638,7 +639,7 @@ def train(
 # %% ../nbs/launch.ipynb #34efcc95
 def load_run(
     folder: str | Path,  # of a run
-) -> tuple[object, Velocity, dict]:  # task, trained velocity, state of its checkpoint
+) -> tuple[Task, nn.Module, dict]:  # task, trained velocity, state of its checkpoint
     "A run's task and its newest weights: the average where the run kept one."
     config = read_config(folder)
     flat_config(config, "DIR", folder)

@@ -9,6 +9,7 @@ __all__ = ['Velocity', 'Generators', 'GRIDS', 'require', 'seeded', 'randn', 'tim
 # %% ../nbs/flow.ipynb #29e4d238
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 # %% ../nbs/flow.ipynb #d9bd7aad
 Velocity = Callable[[Tensor, Tensor, object], Tensor]  # (x, t, cond) -> dx/dt, the shape of x
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 # %% ../nbs/flow.ipynb #7c6216d5
 def require(

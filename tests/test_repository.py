@@ -195,6 +195,10 @@ def test_ruff():
     run(sys.executable, "-m", "ruff", "check", "--no-cache", "setup.py", "tests", "tools", "nbs")
 
 
+def test_types(tmp_path):
+    run(sys.executable, "-m", "mypy", "--config-file", str(ROOT / "mypy.ini"), "--cache-dir", str(tmp_path))
+
+
 def test_ruff_format():
     run(sys.executable, "-m", "ruff", "format", "--no-cache", "--check", "setup.py", "tests", "tools")
 

@@ -171,7 +171,7 @@ def read_rows(
     rows = [parse_row(line) for line in lines]
     if rows[-1] is None: rows.pop()
     if None in rows: raise ValueError(f"{path}, line {rows.index(None) + 1}, is damaged: it is not a JSON object")
-    return rows
+    return [row for row in rows if row is not None]
 
 # %% ../../nbs/runs/folder.ipynb #00000014
 @cache
@@ -462,13 +462,15 @@ def open_run(
     resume: bool,  # take up the run that is there
 ) -> Iterator[None]:
     "Claim a new folder for a run, or take up the run that is there, and hold the folder meanwhile."
+    folder = Path(out)
+
     def claim() -> None:
-        check_folder(out, config, resume)  # again: another process may have come in between
-        write_config(out, config)
-    out = Path(out)
-    check_folder(out, config, resume)
+        check_folder(folder, config, resume)  # again: another process may have come in between
+        write_config(folder, config)
+
+    check_folder(folder, config, resume)
     gather("checked")  # no process writes before all have looked
-    with hold_folder(out):
+    with hold_folder(folder):
         first_alone(claim)
         yield
 

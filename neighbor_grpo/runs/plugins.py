@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 from ..flow import require
 
@@ -61,7 +61,8 @@ def run_file(
     name = "neighbor_grpo_plugin_" + re.sub(r"\W", "_", path.stem)
     require(name not in sys.modules, "--plugin", str(path), "a file with a name unlike that of another plugin")
     loader = SourceFileLoader(name, str(path))
-    module = module_from_spec(spec_from_loader(name, loader))
+    module = ModuleType(name)
+    module.__file__ = str(path)  # where help texts look for docstrings
     sys.modules[name] = module
     try: exec(loader.source_to_code(content, str(path)), module.__dict__)
     except Exception as e:

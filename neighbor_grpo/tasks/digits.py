@@ -188,9 +188,9 @@ class DigitsTask(Task):
             return images[rows], labels[rows].masked_fill(nameless, NULL)
 
         snapshot = snapshot_of(folder, "base")
-        self.base = load_or_train(folder, "base", UNet(), lambda network: train_flow(
+        self.base = base = load_or_train(folder, "base", UNet(), lambda network: train_flow(
             network, batch, settings.pretrain_steps, 4e-3, seed=seed, progress=progress, snapshot=snapshot)[0])
-        self.policy = copy.deepcopy(self.base).requires_grad_(True)
+        self.policy = copy.deepcopy(base).requires_grad_(True)
         self.real = images[labels == settings.target] if settings.reward == "class" else images
 
     def conditions(self, prompts: Tensor) -> Tensor:

@@ -76,8 +76,8 @@ class ToyTask(Task):
         pretrain = lambda net: train_flow(net, batch, settings.pretrain_steps, seed=seed,
                                           progress=progress, snapshot=snapshot)[0]
         torch.manual_seed(seed)
-        self.base = load_or_train(folder, "base", VelocityMLP(2, 64, 2), pretrain)
-        self.policy = copy.deepcopy(self.base).requires_grad_(True)
+        self.base = network = load_or_train(folder, "base", VelocityMLP(2, 64, 2), pretrain)
+        self.policy = copy.deepcopy(network).requires_grad_(True)
 
     def conditions(self, prompts: Tensor) -> None:
         "The toy has no conditions."
