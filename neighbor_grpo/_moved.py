@@ -17,7 +17,7 @@ PACKAGE = "neighbor_grpo"
 # Modules that moved as a whole: the old name is another one of the same module, also for what is patched in it.
 WHOLE = {
     "benchmark": "lab.benchmark", "compare": "lab.compare", "cost": "lab.cost", "orphans": "lab.orphans",
-    "flux": "models.flux", "miniature": "models.miniature", "sd3": "models.sd3",
+    "flux": "models.flux", "miniature": "models.miniature",
     "remote": "rewards.remote",
     "forward": "rivals.forward", "mixed": "rivals.mixed", "options": "rivals.modifiers",
     "folder": "runs.folder",
@@ -28,14 +28,15 @@ WHOLE = {
 # Modules whose content went to several places, which are asked in this order.
 PARTS = {
     "algorithms": ("neighbor", "rollouts", "rivals.gaussian"),
-    "distributed": ("runs.processes", "runs.tracking"),
-    "rewards": ("rewards.remote", "rewards.judges"),
+    "distributed": ("runs.processes", "runs.tracking", "runs.machine"),
+    "rewards": ("rewards.programs", "rewards.remote", "rewards.judges", "runs.machine"),
     "rivals": ("rivals.catalogue", "rivals.trajectories", "neighbor", "rollouts", "rivals.gaussian", "rivals.mixed",
                "rivals.forward"),
+    "sd3": ("models.pipeline", "models.sd3", "runs.machine"),
     "training": ("runs.trainer", "runs.folder"),
 }
 STARRED = {"training": ["Checkpoints", "Trainer", "plot_run", "read_rows", "run_config"]}  # `import *` finds these, too
-GONE = ("algorithms", "distributed")  # nothing of these names is left
+GONE = ("algorithms", "distributed", "sd3")  # nothing of these names is left
 
 
 def warn(old: str, new: str) -> None:

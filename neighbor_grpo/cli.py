@@ -30,7 +30,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from functools import partial
@@ -52,6 +52,7 @@ from .flow import require
 from .rivals.mixed import MixGRPO
 from .rivals.catalogue import (ALGORITHMS, BROUGHT_ALONG, MODIFIERS, modified,
                                             own_fields)
+from .runs.machine import choose_device
 from .runs.plugins import (check_plugins, give_plugins, load_installed, plugin_options,
                                         remembered)
 from .runs.folder import (Checkpoints, new_folder, open_run, read_config, read_rows,
@@ -71,6 +72,8 @@ class Entry(NamedTuple):
     "The dataclass of its settings, likewise."
     about: str
     "What it is, in a line."
+    options: dict = {}
+    "What else the class is given, by name."
 
 
 TASKS: dict[str, Entry] = {
@@ -82,9 +85,9 @@ TASKS: dict[str, Entry] = {
                     "colored shapes as captions ask for them, by a small Stable Diffusion 3; "
                     "on a CPU"),
     "sd3": Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings",
-                 "any Stable Diffusion 3; needs --source, and mostly a GPU"),
-    "flux": Entry("tasks.images.FluxTask", "tasks.images.ImagesSettings",
-                  "any FLUX.1; needs --source, and mostly a GPU")}
+                 "any Stable Diffusion 3; needs --source, and mostly a GPU", dict(family="sd3")),
+    "flux": Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings",
+                  "any FLUX.1; needs --source, and mostly a GPU", dict(family="flux"))}
 LARGE = dict(iterations=300, groups=8, lr=1e-4, ema=0.9, eval_every=25, shift=None, lora_rank=32,
              lora_alpha=64, precision="bfloat16", batch=24)
 SCHEDULER = dict(grid="scheduler")  # as the authors' code for Stable Diffusion 3 has it
@@ -109,9 +112,11 @@ def class_at(
 
 def task_classes(
     task: str,  # a key of TASKS
-) -> tuple[type, type]:  # the task, and the dataclass of its settings
+) -> tuple[Callable[..., Task], type]:  # what makes the task, and the dataclass of its settings
     "A task's classes."
-    return class_at(TASKS[task][0]), class_at(TASKS[task][1])
+    make, settings, _, options = TASKS[task]
+    make = class_at(make)
+    return partial(make, **options) if options else make, class_at(settings)
 
 
 def defaults_of(
@@ -383,7 +388,7 @@ def in_one_line(text: str) -> str:
 
 def overviews() -> list[str]:
     "The tasks, the recipes, the algorithms and the modifiers, each with a line."
-    tasks = {name: what for name, (*_, what) in TASKS.items()}
+    tasks = {name: entry.about for name, entry in TASKS.items()}
     algorithms = {name: in_one_line(cls.__doc__) for name, cls in ALGORITHMS.items()}
     around = {name: in_one_line(cls.__doc__) for name, cls in MODIFIERS.items()}
     return [listed("tasks", tasks), listed("recipes", recipes()), listed("algorithms", algorithms),
@@ -504,7 +509,7 @@ def introduce(
     s = settings
     again = f"neighbor-grpo train --out {shlex.quote(str(out))} --resume{plugin_options()}"
     length = f"{s.iterations} iterations of {s.groups} groups of {group_size}"
-    print(f"Training {task} ({TASKS[task][-1]}) with {algorithm}: {length}.")
+    print(f"Training {task} ({TASKS[task].about}) with {algorithm}: {length}.")
     print(f"It writes into {out}. Ctrl-C stops it; it goes on with: {again}", flush=True)
 
 
@@ -705,7 +710,6 @@ def bench_model(
     "Seconds and memory of an iteration at the papers' settings on a large random transformer."
     from neighbor_grpo.lab.benchmark import as_markdown
     cost = importlib.import_module("neighbor_grpo.lab.cost")
-    sd3 = importlib.import_module("neighbor_grpo.models.sd3")
     parser = Parser(prog="neighbor-grpo bench", description=bench_model.__doc__)
     add = parser.add_argument
     add("--model", choices=list(cost.MODELS), help="How large a transformer.")
@@ -715,9 +719,9 @@ def bench_model(
     add("--groups", type=int, default=1, help="P, groups of 12 in an iteration.")
     add("--device", default="", help="Such as cpu; without it the accelerator if there is one.")
     add("--quiet", action="store_true", help="Show no progress bar.")
-    parser.add_class_arguments(sd3.SD3Settings)
+    parser.add_class_arguments(cost.PipelineSettings)
     v = parser.parse_args(list(argv))
-    settings, rows = pick(sd3.SD3Settings, v), []
+    settings, rows = pick(cost.PipelineSettings, v), []
     for size, states in itertools.product(v.size, v.micro_batch):
         measured = cost.measure_model(v.model, PAPER_MODELS, size, size, settings, v.iterations,
                                       v.groups, states, v.device, not v.quiet)
@@ -903,8 +907,8 @@ def serve(
     needed = "the judges, such as hps or clip,0.5*pickscore"
     require(v.rewards is not None, "--rewards", v.rewards, needed)
     require(0 <= v.port <= 65535, "--port", v.port, "in [0, 65535]")
-    device = v.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    judge = rewards.Rewards(*rewards.make_rewards(v.rewards, device), total=True)
+    judges = rewards.make_rewards(v.rewards, choose_device(v.device))
+    judge = rewards.Rewards(*judges, total=True)
     server = rewards.RewardServer(judge, v.host, v.port, names=rewards.reward_names(v.rewards))
     print(f"{v.rewards} at {server.url}", flush=True)
     gc.freeze()  # what is loaded stays: to collect it at the end would take seconds

@@ -67,6 +67,10 @@ class Task:
         "A copy of the policy that stays as it is."
         return copy.deepcopy(self.policy)
 
+    def parts(self, network: nn.Module) -> list[nn.Module]:
+        "What processes split one after the other of the policy or a copy of it; the last one holds all weights."
+        return [network]
+
     def draw(self, policies: dict[str, Velocity], path: Path) -> None:
         "Save a picture of what each policy makes, by title; nothing where there is nothing to see."
 

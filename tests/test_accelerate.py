@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,18 +21,19 @@ from tiny import tiny_flux, tiny_sd3
 from torch.distributed.fsdp import FSDPModule
 
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.models.flux import FluxPolicy, flux_text_of
-from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings, decode, encode_prompts
+from neighbor_grpo.models.flux import FLUX
+from neighbor_grpo.models.pipeline import PipelinePolicy, PipelineSettings, PipelineTask, decode, encode_prompts
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rollouts import take
 from neighbor_grpo.runs import processes as distributed
 from neighbor_grpo.runs import tracking
 from neighbor_grpo.runs.folder import gather, read_rows
 from neighbor_grpo.runs.processes import check_environment, check_world, make_accelerator, splitter
-from neighbor_grpo.runs.tracking import TRACKERS, Tracking, flattened, image_grid
+from neighbor_grpo.runs.tracking import TRACKERS, Tracking, flattened
 from neighbor_grpo.runs.trainer import Trainer, trained_state
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.training import Task, TrainSettings
+from neighbor_grpo.training import TrainSettings
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=4, anchors=2, trained_steps=2)
 SETTINGS = TrainSettings(
@@ -41,24 +43,23 @@ INSTALLED = [name for name in TRACKERS if find_spec(name)]
 
 
 KINDS = {
-    "lora": SD3Settings(lora_rank=4),
-    "full": SD3Settings(),
-    "bf16": SD3Settings(lora_rank=4, precision="bfloat16"),
-    "flux": SD3Settings(lora_rank=4),
+    "lora": PipelineSettings(lora_rank=4),
+    "full": PipelineSettings(),
+    "bf16": PipelineSettings(lora_rank=4, precision="bfloat16"),
+    "flux": PipelineSettings(lora_rank=4),
 }
 
 
-class Bright(Task):
+class Bright(PipelineTask):
     "A tiny random pipeline that is rewarded for red, and may die while it judges."
 
     shape, prompts = (4, 8, 8), 3
 
     def __init__(self, kind="lora", dies_at=None):
-        self.judged, self.dies_at, flux = 0, dies_at, kind == "flux"
-        self.pipeline = tiny_flux() if flux else tiny_sd3()
-        encoder = {"text_of": flux_text_of} if flux else {}
-        self.cond = encode_prompts(self.pipeline, ["a cat", "two dogs", "a red bird"], 12, **encoder)
-        self.policy = (FluxPolicy if flux else SD3Policy)(copy.deepcopy(self.pipeline.transformer), KINDS[kind])
+        self.judged, self.dies_at, family = 0, dies_at, FLUX if kind == "flux" else SD3
+        self.pipeline = tiny_flux() if kind == "flux" else tiny_sd3()
+        self.cond = encode_prompts(family, self.pipeline, ["a cat", "two dogs", "a red bird"], 12)
+        self.policy = PipelinePolicy(family, copy.deepcopy(self.pipeline.transformer), KINDS[kind])
 
     def conditions(self, prompts):
         return take(self.cond, prompts)
@@ -384,8 +385,9 @@ def test_tracking_wants_a_run_folder(tmp_path):
 def test_images_become_one_grid():
     images = torch.zeros(5, 3, 2, 4)
     images[4, 0] = 1.0  # red
-    grid = image_grid(images)
-    assert grid.shape == (8, 18, 3) and grid.dtype == np.uint8  # two rows of three, each in a frame
+    trainer = SimpleNamespace(task=SimpleNamespace(images=lambda velocity: images), velocity=None, iteration=7)
+    ((at, grid),) = Tracking.draw(None, trainer).items()
+    assert at == 7 and grid.shape == (8, 18, 3) and grid.dtype == np.uint8  # two rows of three, each in a frame
     assert (grid[5:7, 7:11] == [255, 0, 0]).all() and (grid[4:, 12:] == 255).all() and (grid[1:3, 1:5] == 0).all()
     assert (grid[0] == 255).all() and (grid[:, 0] == 255).all() and (grid[3:5] == 255).all()
 

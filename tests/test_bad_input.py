@@ -15,11 +15,13 @@ from neighbor_grpo.grpo import clipped_surrogate, combine_rewards, group_advanta
 from neighbor_grpo.lab.benchmark import CostTask, measure
 from neighbor_grpo.leaping import leaping_log_probs
 from neighbor_grpo.models.miniature import PretrainSettings, ScenesSettings, ScenesTask, pretrain
-from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings, decode, encode_prompts, latent_shape, open_pipeline
+from neighbor_grpo.models.pipeline import PipelinePolicy, PipelineSettings, decode, encode_prompts, open_pipeline
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.neighbors import neighbor_noise
 from neighbor_grpo.rewards.judges import CLIPScore, Rewards, parse_rewards
-from neighbor_grpo.rewards.remote import Compressibility, RemoteReward, check_scores, to_pictures
+from neighbor_grpo.rewards.programs import Compressibility, check_scores, to_pictures
+from neighbor_grpo.rewards.remote import RemoteReward
 from neighbor_grpo.reweighting import quasi_norm
 from neighbor_grpo.rivals.catalogue import make, modified
 from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, forward_times
@@ -49,6 +51,12 @@ from neighbor_grpo.tasks.toy2d import ToySettings
 from neighbor_grpo.training import Run, TrainSettings
 
 x, group = torch.zeros(3, 2), torch.zeros(3, 4, 2)
+
+
+def tiny_policy(settings=PipelineSettings()):
+    return PipelinePolicy(SD3, tiny_sd3().transformer, settings)
+
+
 velocity = PointwiseVelocity()
 small = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
 
@@ -230,29 +238,29 @@ CALLS = [
     (lambda: VGRPO(one_ratio=1), "one_ratio", "1", "True or False"),
     (lambda: run(VGRPO(), micro_batch=6), "micro_batch", "6", "a multiple of 4"),
     (lambda: VGRPO(soft_clip=0.0), "soft_clip", "0.0", "> 0"),
-    (lambda: SD3Settings(lora_rank=-1), "lora_rank", "-1", ">= 0"),
-    (lambda: SD3Settings(lora_rank=4.0), "lora_rank", "4.0", "an integer"),
-    (lambda: SD3Settings(lora_alpha=8), "lora_alpha", "8", "unset where lora_rank is 0"),
-    (lambda: SD3Settings(lora_dual=True), "lora_dual", "True", "unset where lora_rank is 0"),
-    (lambda: SD3Settings(guidance_scale=0.0), "guidance_scale", "0.0", ">= 1"),
-    (lambda: SD3Settings(train_guidance_scale=math.nan), "train_guidance_scale", "nan", "a finite number"),
-    (lambda: SD3Settings(gradient_checkpointing=1), "gradient_checkpointing", "1", "True or False"),
+    (lambda: PipelineSettings(lora_rank=-1), "lora_rank", "-1", ">= 0"),
+    (lambda: PipelineSettings(lora_rank=4.0), "lora_rank", "4.0", "an integer"),
+    (lambda: PipelineSettings(lora_alpha=8), "lora_alpha", "8", "unset where lora_rank is 0"),
+    (lambda: PipelineSettings(lora_dual=True), "lora_dual", "True", "unset where lora_rank is 0"),
+    (lambda: PipelineSettings(guidance_scale=0.0), "guidance_scale", "0.0", ">= 1"),
+    (lambda: PipelineSettings(train_guidance_scale=math.nan), "train_guidance_scale", "nan", "a finite number"),
+    (lambda: PipelineSettings(gradient_checkpointing=1), "gradient_checkpointing", "1", "True or False"),
     (
-        lambda: SD3Policy(tiny_sd3().transformer, SD3Settings(guidance_scale=2.0)),
+        lambda: tiny_policy(PipelineSettings(guidance_scale=2.0)),
         "negative",
         "is needed",
         "empty prompt",
     ),
-    (lambda: SD3Policy(tiny_sd3().transformer, SD3Settings(4, lora_dual=True)), "lora_dual", "True", "no dual"),
-    (lambda: SD3Policy(tiny_sd3().transformer)(x, x, dict(embeds=x[:2], pooled=x)), "cond", "2 rows", "of 3 rows"),
-    (lambda: open_pipeline("/nowhere/at/all"), "source", "'/nowhere/at/all'", "a folder with"),
-    (lambda: encode_prompts(tiny_sd3(), "a cat"), "prompts", "'a cat'", "a list"),
-    (lambda: encode_prompts(tiny_sd3(), []), "prompts", "[]", "at least one"),
-    (lambda: encode_prompts(tiny_sd3(), ["a cat", None]), "prompts", "None", "text"),
-    (lambda: encode_prompts(tiny_sd3(), ["a cat"], 513), "max_sequence_length", "513", "[1, 512]"),
+    (lambda: tiny_policy(PipelineSettings(4, lora_dual=True)), "lora_dual", "True", "no dual"),
+    (lambda: tiny_policy()(x, x, dict(embeds=x[:2], pooled=x)), "cond", "2 rows", "of 3 rows"),
+    (lambda: open_pipeline(SD3, "/nowhere/at/all"), "source", "'/nowhere/at/all'", "a folder with"),
+    (lambda: encode_prompts(SD3, tiny_sd3(), "a cat"), "prompts", "'a cat'", "a list"),
+    (lambda: encode_prompts(SD3, tiny_sd3(), []), "prompts", "[]", "at least one"),
+    (lambda: encode_prompts(SD3, tiny_sd3(), ["a cat", None]), "prompts", "None", "text"),
+    (lambda: encode_prompts(SD3, tiny_sd3(), ["a cat"], 513), "max_sequence_length", "513", "[1, 512]"),
     (lambda: decode(tiny_sd3(), torch.zeros(1, 3, 8, 8)), "latents", "(1, 3, 8, 8)", "(N, 4, h, w)"),
-    (lambda: latent_shape(tiny_sd3(), 16, 18), "width", "18", "a multiple of 4"),
-    (lambda: latent_shape(tiny_sd3(), 36, 16), "height", "36", "at most 32"),
+    (lambda: SD3.latent_shape(tiny_sd3(), 16, 18), "width", "18", "a multiple of 4"),
+    (lambda: SD3.latent_shape(tiny_sd3(), 36, 16), "height", "36", "at most 32"),
     (lambda: Thing("pink", "circle"), "colour", "'pink'", "red, green"),
     (lambda: Thing("red", "star"), "shape", "'star'", "circle, square, triangle"),
     (lambda: Thing("red", "circle", 5), "count", "5", "1, 2, 3 or 4"),

@@ -273,7 +273,8 @@ def test_a_damaged_checkpoint_ends_in_one_line(run_folder, tmp_path, capsys):
 
 
 def test_serve_answers_until_it_is_stopped(tmp_path):
-    from neighbor_grpo.rewards.remote import Compressibility, RemoteReward
+    from neighbor_grpo.rewards.programs import Compressibility
+    from neighbor_grpo.rewards.remote import RemoteReward
 
     code = "import sys; from neighbor_grpo.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, *"serve --rewards compressibility,0.5*compressibility --port 0".split()]

@@ -115,7 +115,7 @@ def test_a_run_says_what_it_trains_what_it_left_and_what_to_do_next(tmp_path, ca
     assert main(words) == 0
     text = capsys.readouterr().out
     first, second, third = text.splitlines()[:3]
-    assert all(part in first for part in ("toy", TASKS["toy"][-1], "neighbor", "2 iterations", "2 groups of 4"))
+    assert all(part in first for part in ("toy", TASKS["toy"].about, "neighbor", "2 iterations", "2 groups of 4"))
     assert str(out) in second and "Ctrl-C" in second and "--resume" in second
     assert "Prompts: 1." in third and "0 of 2" in third
     listed = re.search(r"files:\n(.*?)\n\n", text, re.DOTALL)[1]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from neighbor_grpo.cli import COMMANDS, MAX_BYTES, TASKS, main, read_command, read_recipe, read_study, train_parser
 from neighbor_grpo.flow import require
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS, MODIFIERS
 from neighbor_grpo.runs.trainer import Trainer
@@ -349,13 +350,13 @@ def test_files_give_defaults_with_the_types_of_the_settings():
 
 
 def test_the_packaged_miniature_has_a_name(tmp_path, monkeypatch, capsys):
-    from neighbor_grpo.models.sd3 import MINIATURE, open_pipeline
+    from neighbor_grpo.models.pipeline import MINIATURE, open_pipeline
 
     monkeypatch.chdir(tmp_path)
-    one, two = open_pipeline("miniature"), open_pipeline(MINIATURE)
+    one, two = open_pipeline(SD3, "miniature"), open_pipeline(SD3, MINIATURE)
     assert one.transformer.config == two.transformer.config
     (tmp_path / "miniature").mkdir()
-    assert "'miniature'" in refused(lambda: open_pipeline("miniature"))  # an own folder of this name goes first
+    assert "'miniature'" in refused(lambda: open_pipeline(SD3, "miniature"))  # an own folder of this name goes first
     for task in ("sd3", "scenes"):
         assert main(["train", task, "--help"]) == 0
         assert "miniature" in capsys.readouterr().out.split("--source", 1)[1].split("  --")[0]

@@ -11,11 +11,13 @@ from tiny import tiny_sd3
 
 from neighbor_grpo.cli import main
 from neighbor_grpo.lab import compare
-from neighbor_grpo.models import sd3
+from neighbor_grpo.models import pipeline as pipelines
 from neighbor_grpo.models.miniature import ScenesSettings, ScenesTask
-from neighbor_grpo.models.sd3 import MINIATURE, check_source, quiet, read_inputs, write_inputs
+from neighbor_grpo.models.pipeline import MINIATURE, check_source, read_inputs, write_inputs
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.runs.folder import read_rows
+from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask
 from neighbor_grpo.training import TrainSettings
@@ -181,8 +183,8 @@ def test_weights_that_changed_are_refused_by_name(place, tmp_path, capsys):
 
 def test_known_files_are_not_read_again(place, monkeypatch):
     write_inputs(place / "run", str(place / "pipe"))
-    read, real = [], sd3.checksum
-    monkeypatch.setattr(sd3, "checksum", lambda path: read.append(path.name) or real(path))
+    read, real = [], pipelines.checksum
+    monkeypatch.setattr(pipelines, "checksum", lambda path: read.append(path.name) or real(path))
     check_source(str(place / "pipe"), read_inputs(place / "run"))
     assert read == []
     (place / "pipe" / "vae" / "config.json").touch()
@@ -192,17 +194,17 @@ def test_known_files_are_not_read_again(place, monkeypatch):
 
 def test_only_files_that_are_opened_count(place):
     with quiet():
-        sd3.open_pipeline(place / "pipe").save_pretrained(place / "half", variant="fp16")
+        pipelines.open_pipeline(SD3, place / "pipe").save_pretrained(place / "half", variant="fp16")
     shutil.copy(
         place / "half" / "vae" / "diffusion_pytorch_model.fp16.safetensors", place / "pipe" / "vae"
     )  # beside the full one
     (place / "pipe" / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
-    found = sd3.fingerprints(place / "pipe", {})
+    found = pipelines.fingerprints(place / "pipe", {})
     assert {"model_index.json", "transformer/diffusion_pytorch_model.safetensors", "tokenizer_3/tokenizer.json"} <= set(
         found
     )
     assert not [name for name in found if "fp16" in name or name.endswith(".bin")]
-    assert "vae/diffusion_pytorch_model.fp16.safetensors" in sd3.fingerprints(place / "half", {})
+    assert "vae/diffusion_pytorch_model.fp16.safetensors" in pipelines.fingerprints(place / "half", {})
 
 
 def test_another_scenes_pipeline_is_refused(tmp_path):
@@ -216,15 +218,15 @@ def test_another_scenes_pipeline_is_refused(tmp_path):
 
 def test_a_model_of_the_hub_stays_at_its_revision(place, monkeypatch):
     "Whatever the newest one is by then."
-    opened, pipeline = [], sd3.open_pipeline(place / "pipe")
+    opened, pipeline = [], pipelines.open_pipeline(SD3, place / "pipe")
     cached = place / "hub" / "snapshots" / "c0ffee" / "model_index.json"
-    monkeypatch.setattr(sd3, "try_to_load_from_cache", lambda source, name: str(cached))
+    monkeypatch.setattr(pipelines, "try_to_load_from_cache", lambda source, name: str(cached))
 
     def read(source, dtype, kind, encoders, offline, revision):
         opened.append((source, revision))
-        return sd3.StableDiffusion3Pipeline(**pipeline.components)
+        return SD3.pipeline(**pipeline.components)
 
-    monkeypatch.setattr(sd3, "read_pipeline", read)
+    monkeypatch.setattr(pipelines, "read_pipeline", read)
     settings = ImagesSettings(source="some/model", height=16, width=16, max_sequence_length=12)
     ImagesTask(settings, place / "run", progress=False)
     task = ImagesTask(settings, place / "run", progress=False)

@@ -16,7 +16,7 @@ from neighbor_grpo.lab.cost import (
     random_policy,
     timed_phases,
 )
-from neighbor_grpo.models.sd3 import SD3Settings
+from neighbor_grpo.models.pipeline import PipelineSettings
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.runs.trainer import Trainer
@@ -36,7 +36,7 @@ def tiny_flux(monkeypatch):
 def products(name, pixels, guidance_scale=1.0):
     "Operations of linear layers and convolutions, by hooks, and of attention, by its formula, for one state."
     model, total = MODELS[name], 0
-    policy = random_policy(model, SD3Settings(guidance_scale=guidance_scale), "cpu")
+    policy = random_policy(model, PipelineSettings(guidance_scale=guidance_scale), "cpu")
     network = policy.transformer
 
     def count(module, inputs, output):
@@ -60,7 +60,7 @@ def products(name, pixels, guidance_scale=1.0):
 @pytest.mark.parametrize("pixels", [64, 192])
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
 def test_operations_are_those_of_the_layers(name, pixels, guidance_scale):
-    counted = count_cost(name, pixels, pixels, SD3Settings(guidance_scale=guidance_scale))["forward"]
+    counted = count_cost(name, pixels, pixels, PipelineSettings(guidance_scale=guidance_scale))["forward"]
     assert counted == pytest.approx(products(name, pixels, guidance_scale), rel=1e-6)
 
 
@@ -80,7 +80,7 @@ def saved_bytes(policy, x, t, cond):
 @pytest.mark.parametrize("name", ["tiny", "tiny-flux"])
 @pytest.mark.parametrize("settings", [dict(), dict(lora_rank=4), dict(lora_rank=4, gradient_checkpointing=True)])
 def test_bytes_are_those_that_autograd_keeps(name, settings):
-    settings, model = SD3Settings(**settings), MODELS[name]
+    settings, model = PipelineSettings(**settings), MODELS[name]
     policy = random_policy(model, settings, "cpu")
     cond = random_conditions(policy.transformer, 1, model.tokens)
     real = saved_bytes(policy, torch.randn(1, model.channels, 8, 8), torch.rand(1), cond)
@@ -89,12 +89,12 @@ def test_bytes_are_those_that_autograd_keeps(name, settings):
     size = sum(weight.numel() * weight.element_size() for weight in policy.parameters())
     assert counted["weights"] == pytest.approx(size / 1e9)
     if settings.gradient_checkpointing:
-        assert counted["kept"] < 0.3 * count_cost(name, 64, 64, SD3Settings(lora_rank=4))["kept"]
+        assert counted["kept"] < 0.3 * count_cost(name, 64, 64, PipelineSettings(lora_rank=4))["kept"]
 
 
 def test_adapters_make_a_gradient_cheaper():
     full, adapters, again = (
-        count_cost("tiny", 128, 128, SD3Settings(**more))
+        count_cost("tiny", 128, 128, PipelineSettings(**more))
         for more in ({}, dict(lora_rank=1), dict(lora_rank=1, gradient_checkpointing=True))
     )
     assert full["both"] / full["forward"] == pytest.approx(3, abs=0.15)
@@ -112,7 +112,7 @@ def test_estimate_adds_up():
 
 def test_phases_of_an_iteration(monkeypatch):
     "On a clock that moves only while the transformer works, nothing happens outside of it."
-    task = RandomTask("tiny", 64, 64, SD3Settings(lora_rank=2))
+    task = RandomTask("tiny", 64, 64, PipelineSettings(lora_rank=2))
     now = [0.0]
     monkeypatch.setattr(cost, "wall_time", lambda: now[0])
     forward = task.policy.transformer.forward

@@ -8,7 +8,7 @@ from helpers import weights
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.runs.trainer import Trainer, image_grid
 from neighbor_grpo.tasks.digits import (
     NULL,
     Classifier,
@@ -19,7 +19,6 @@ from neighbor_grpo.tasks.digits import (
     frechet_distance,
     halves,
     load_images,
-    mosaic,
     train_classifier,
 )
 from neighbor_grpo.training import TrainSettings
@@ -118,12 +117,16 @@ def test_training_a_classifier_repeats_itself():
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
 
 
-def test_mosaic_places_images_row_by_row():
+def test_a_grid_places_images_row_by_row():
     images = torch.arange(1.0, 8).reshape(7, 1, 1, 1).expand(7, 1, 2, 2)
-    large = mosaic(images, columns=3)
-    assert large.shape == (8, 12)  # two full rows of three, each image with its frame
-    centres = large[1::4, 1::4]
-    assert centres.tolist() == [[1, 2, 3], [4, 5, 6]]
+    large = image_grid(images, columns=3, frame=0.0)
+    assert large.shape == (12, 12, 1)  # three rows of three, each image with its frame; the last row is filled up
+    assert large[1::4, 1::4, 0].tolist() == large[2::4, 2::4, 0].tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 0]]
+    assert not large[::4].any() and not large[3::4].any() and not large[:, ::4].any() and not large[:, 3::4].any()
+    assert image_grid(images).shape == (12, 12, 1), "nearly square"
+    for wrong in (dict(images=images[:0]), dict(images=images, columns=-1)):
+        with pytest.raises(ValueError, match="(images|columns) must be"):
+            image_grid(**wrong)
 
 
 # --- figures ---

@@ -20,9 +20,9 @@ from neighbor_grpo.rivals.gaussian import FlowGRPO
 from neighbor_grpo.rollouts import Watched
 from neighbor_grpo.runs import processes as distributed
 from neighbor_grpo.runs import tracking
+from neighbor_grpo.runs.machine import choose_device
 from neighbor_grpo.runs.processes import CHECKED, check_environment, check_world, make_accelerator
 from neighbor_grpo.runs.tracking import tracker_names
-from neighbor_grpo.tasks.images import choose_device
 from neighbor_grpo.training import VelocityPenalty
 
 SHORT = "train toy --pretrain_steps 2 --iterations 1 --groups 2 --group_size 4 --steps 3 --trained_steps 1 --quiet"

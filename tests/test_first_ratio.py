@@ -8,7 +8,8 @@ from tiny import tiny_sd3
 from torch import nn
 
 from neighbor_grpo.flow import randn, seeded
-from neighbor_grpo.models.sd3 import SD3Policy, SD3Settings
+from neighbor_grpo.models.pipeline import PipelinePolicy, PipelineSettings
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS, make, modified
 from neighbor_grpo.runs.trainer import Trainer
@@ -133,7 +134,7 @@ def test_half_precision_of_a_real_transformer(rank):
         randn((1, shapes.pooled_projection_dim), seeded(1)),
     )
     cond = dict(embeds=embeds, pooled=pooled)
-    policy = SD3Policy(pipeline.transformer, SD3Settings(lora_rank=rank, precision="bfloat16"))
+    policy = PipelinePolicy(SD3, pipeline.transformer, PipelineSettings(lora_rank=rank, precision="bfloat16"))
 
     class Latents(Points):
         shape = (shapes.in_channels, 8, 8)

@@ -10,9 +10,19 @@ from hypothesis import strategies as st
 from tiny import tiny_flux
 
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.models.flux import FLUX, FluxPolicy, flux_latent_shape, flux_shift, flux_text_of, pack, unpack
-from neighbor_grpo.models.sd3 import ADAPTER, SD3Settings, decode, encode_prompts, open_pipeline, quiet, save_policy
+from neighbor_grpo.models.flux import FLUX, pack_latents, unpack_latents
+from neighbor_grpo.models.pipeline import (
+    ADAPTER,
+    PipelinePolicy,
+    PipelineSettings,
+    decode,
+    encode_prompts,
+    open_pipeline,
+    save_policy,
+)
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.rollouts import take
+from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.solvers import solve
 
 PROMPTS, STEPS = ["a cat", "two dogs", "a red bird"], 5
@@ -20,8 +30,8 @@ KINDS = pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 
 
 def make(pipeline, rank=0, **more):
-    settings = SD3Settings(**(dict(lora_rank=rank, lora_alpha=3) if rank else {}), **more)
-    return FluxPolicy(copy.deepcopy(pipeline.transformer), settings)
+    settings = PipelineSettings(**(dict(lora_rank=rank, lora_alpha=3) if rank else {}), **more)
+    return PipelinePolicy(FLUX, copy.deepcopy(pipeline.transformer), settings)
 
 
 def move(policy):
@@ -36,18 +46,18 @@ def move(policy):
 def call(pipeline, noise, guidance_scale=1.0, **size):
     "Images as a user of diffusers makes them."
     options = dict(guidance_scale=guidance_scale, max_sequence_length=12, output_type="pt", height=16, width=16) | size
-    return pipeline(PROMPTS, num_inference_steps=STEPS, latents=pack(noise), **options).images
+    return pipeline(PROMPTS, num_inference_steps=STEPS, latents=pack_latents(noise), **options).images
 
 
 @torch.no_grad()
 def sample(policy, pipeline, noise, height=16, width=16):
     "The same images with our parts."
-    ts, cond = time_grid(STEPS, flux_shift(pipeline, height, width)), conditions(pipeline)
+    ts, cond = time_grid(STEPS, FLUX.shift(pipeline, height, width)), conditions(pipeline)
     return decode(pipeline, solve(policy, noise, ts, cond, "euler").x[-1])
 
 
 def conditions(pipeline):
-    return encode_prompts(pipeline, PROMPTS, 12, text_of=flux_text_of)
+    return encode_prompts(FLUX, pipeline, PROMPTS, 12)
 
 
 @KINDS
@@ -74,7 +84,7 @@ def test_guidance_matters_where_it_is_told():
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (32, 12)])
 def test_images_that_are_not_square(height, width):
     pipeline = tiny_flux()
-    noise = randn((3, *flux_latent_shape(pipeline, height, width)), seeded(0))
+    noise = randn((3, *FLUX.latent_shape(pipeline, height, width)), seeded(0))
     images = sample(make(pipeline), pipeline, noise, height, width)
     assert images.shape == (3, 3, height, width)
     assert (images - call(pipeline, noise, height=height, width=width)).abs().max() < 1e-5
@@ -83,31 +93,32 @@ def test_images_that_are_not_square(height, width):
 @given(n=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 6), w=st.integers(1, 6))
 def test_packing_is_the_pipelines_and_can_be_undone(n, c, h, w):
     x = torch.randn(n, c, 2 * h, 2 * w)
-    assert torch.equal(pack(x), FluxPipeline._pack_latents(x, n, c, 2 * h, 2 * w))
-    assert torch.equal(unpack(pack(x), 2 * h, 2 * w), x)
+    assert torch.equal(pack_latents(x), FluxPipeline._pack_latents(x, n, c, 2 * h, 2 * w))
+    assert torch.equal(unpack_latents(pack_latents(x), 2 * h, 2 * w), x)
 
 
 @pytest.mark.parametrize("size", [16, 64, 256])
 @pytest.mark.parametrize("steps", [1, 4, 28])
 def test_time_grid_is_the_pipelines(size, steps):
     pipeline = tiny_flux()
-    noise = randn((1, *flux_latent_shape(pipeline, size, size)), seeded(0))
+    noise = randn((1, *FLUX.latent_shape(pipeline, size, size)), seeded(0))
     pipeline.transformer.forward = lambda hidden_states, **more: (torch.zeros_like(hidden_states),)
-    pipeline("a cat", num_inference_steps=steps, latents=pack(noise), height=size, width=size, output_type="latent")
-    assert (time_grid(steps, flux_shift(pipeline, size, size)) - pipeline.scheduler.sigmas).abs().max() < 1e-6
+    options = dict(height=size, width=size, output_type="latent")
+    pipeline("a cat", num_inference_steps=steps, latents=pack_latents(noise), **options)
+    assert (time_grid(steps, FLUX.shift(pipeline, size, size)) - pipeline.scheduler.sigmas).abs().max() < 1e-6
 
 
 def test_a_scheduler_with_another_shift_is_refused():
     pipeline = tiny_flux()
     pipeline.scheduler.register_to_config(time_shift_type="linear")
     with pytest.raises(ValueError, match="pipeline.scheduler must be an exponential one .* got 'a linear shift'"):
-        flux_shift(pipeline, 16, 16)
+        FLUX.shift(pipeline, 16, 16)
 
 
 @pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 0), (2, 16)])
 def test_sizes_that_do_not_fit_are_refused(height, width):
     with pytest.raises(ValueError, match="(height|width) must be a multiple of 4"):
-        flux_latent_shape(tiny_flux(), height, width)
+        FLUX.latent_shape(tiny_flux(), height, width)
 
 
 def test_the_reference_is_the_base():
@@ -177,8 +188,8 @@ def test_saved_policies_open_in_plain_diffusers(rank, tmp_path):
 def test_a_pipeline_of_another_family_is_refused(tmp_path):
     tiny_flux().save_pretrained(tmp_path / "flux")
     with pytest.raises(ValueError, match="a folder with a StableDiffusion3Pipeline, .* a FluxPipeline"):
-        open_pipeline(tmp_path / "flux")
-    opened = open_pipeline(tmp_path / "flux", kind=FLUX.pipeline, encoders=False)
+        open_pipeline(SD3, tmp_path / "flux")
+    opened = open_pipeline(FLUX, tmp_path / "flux", encoders=False)
     assert opened.text_encoder is None and opened.tokenizer_2 is None and opened.transformer is not None
 
 

@@ -18,15 +18,18 @@ from tiny import tiny_flux, tiny_sd3
 
 from neighbor_grpo.cli import main, read_command, read_recipe, recipes
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.models import sd3
-from neighbor_grpo.models.sd3 import encode_prompts, open_pipeline, quiet
+from neighbor_grpo.models import pipeline as pipelines
+from neighbor_grpo.models.pipeline import encode_prompts, open_pipeline
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.rivals.modifiers import Modifier
 from neighbor_grpo.runs.folder import read_rows
+from neighbor_grpo.runs.machine import choose_device, quiet
 from neighbor_grpo.runs.trainer import Trainer, trained_state
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.tasks import images
-from neighbor_grpo.tasks.images import FluxTask, ImagesSettings, ImagesTask, choose_device, open_encoded, split_prompts
+from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask, open_encoded, split_prompts
 from neighbor_grpo.tasks.prompts import read_prompts
 from neighbor_grpo.training import TrainSettings
 
@@ -60,7 +63,8 @@ def settings_of(folder, kind, rank=0, **more):
 
 
 def make(folder, kind, rank=0, out=None, seed=0, **more):
-    return (FluxTask if kind == "flux" else ImagesTask)(settings_of(folder, kind, rank, **more), out, seed, False)
+    family = "flux" if kind == "flux" else "sd3"
+    return ImagesTask(settings_of(folder, kind, rank, **more), out, seed, False, family)
 
 
 # --- training ---
@@ -71,12 +75,19 @@ PAIRS = [(kind, (0, 4)[(row + column) % 2], name) for row, name in enumerate(ALG
          for column, kind in enumerate(PIPELINES)]  # fmt: skip
 
 
+def unshifted(algorithm):
+    "It takes the time shift of its task, below all modifiers."
+    if isinstance(algorithm, Modifier):
+        return replace(algorithm, algorithm=unshifted(algorithm.algorithm))
+    return replace(algorithm, shift=None)
+
+
 @pytest.mark.parametrize(("kind", "rank", "name"), PAIRS)
 def test_every_algorithm_trains(folder, kind, rank, name):
     task = make(folder, kind, rank, eval_images=2)
     before = {key: value.clone() for key, value in trained_state(task.policy).items()}
     settings = TrainSettings(iterations=4, groups=1, lr=1e-3, eval_every=4)
-    trainer = Trainer(task, replace(SMALL[name], shift=0.0), settings).run(progress=False)
+    trainer = Trainer(task, unshifted(SMALL[name]), settings).run(progress=False)
     assert [row["iteration"] for row in trainer.rows] == [1, 2, 3, 4] and task.shift == trainer.algorithm.shift
     after = trained_state(task.policy)
     assert all(value.isfinite().all() for value in after.values())
@@ -87,7 +98,7 @@ def test_every_algorithm_trains(folder, kind, rank, name):
 @KINDS
 def test_the_reward_rises(folder, kind, rank):
     "On average over three seeds: a single run is chaotic, and another rounding makes it another run."
-    algorithm, gains = NeighborGRPO(group_size=12, steps=4, anchors=2, trained_steps=2, shift=0.0), []
+    algorithm, gains = NeighborGRPO(group_size=12, steps=4, anchors=2, trained_steps=2, shift=None), []
     for seed in range(3):
         settings = TrainSettings(iterations=20, groups=4, lr=0.1 if rank else 3e-3, eval_every=20, seed=seed)
         first, last = Trainer(make(folder, kind, rank, seed=seed), algorithm, settings).run(progress=False).evals
@@ -144,8 +155,10 @@ def test_saved_policies_give_the_same_images_in_plain_diffusers(folder, kind, ra
 
 def test_average_and_resume(folder, tmp_path):
     "A run that was stopped and one that was not: the same weights and figures."
-    algorithm = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2, kl_weight=0.1, shift=0.0)
-    settings = TrainSettings(iterations=4, groups=2, lr=1e-2, ema=0.5, eval_every=2, checkpoint_every=2)
+    algorithm = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
+    settings = TrainSettings(
+        iterations=4, groups=2, lr=1e-2, kl_weight=0.1, ema=0.5, eval_every=2, checkpoint_every=2
+    )
 
     def run(out, iterations, resume=False):
         task = make(folder, "sd35", 4, tmp_path / out, eval_images=4)
@@ -192,7 +205,7 @@ def test_encoders_are_asked_once_and_leave(folder, tmp_path, monkeypatch):
     settings, cpu = settings_of(folder, "sd3"), torch.device("cpu")
     first, cond = open_encoded(settings, images.SD3, PROMPTS, tmp_path, cpu, progress=False)
     assert first.text_encoder is None and first.tokenizer_3 is None
-    exact = encode_prompts(open_pipeline(folder / "sd3"), PROMPTS, 12)
+    exact = encode_prompts(SD3, open_pipeline(SD3, folder / "sd3"), PROMPTS, 12)
     assert all((cond[key] - exact[key]).abs().max() < 1e-5 for key in exact)
     asked = []
     ask = images.encode_and_drop
@@ -267,9 +280,9 @@ def test_a_gpu_that_is_too_small(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (sd3.GatedRepoError, "accept its licence at https://huggingface.co/some/model, then run: hf auth login"),
-        (sd3.RepositoryNotFoundError, "none of this name, or it takes a token"),
-        (sd3.LocalEntryNotFoundError, "the hub does not answer; where it does, run: hf download some/model"),
+        (pipelines.GatedRepoError, "accept its licence at https://huggingface.co/some/model, then run: hf auth login"),
+        (pipelines.RepositoryNotFoundError, "none of this name, or it takes a token"),
+        (pipelines.LocalEntryNotFoundError, "the hub does not answer; where it does, run: hf download some/model"),
     ],
 )
 def test_models_that_the_hub_does_not_give(error, advice, monkeypatch):
@@ -281,7 +294,7 @@ def test_models_that_the_hub_does_not_give(error, advice, monkeypatch):
 
     monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, "load_config", load_config)
     with pytest.raises(ValueError, match=advice) as caught:
-        open_pipeline("some/model")
+        open_pipeline(SD3, "some/model")
     assert "\n" not in str(caught.value)
 
 
@@ -316,7 +329,7 @@ def test_recipes_are_whole(name):
     task, (settings, algorithm, loop), _ = read_command(["--recipe", name])
     recipe = read_recipe(name)
     assert task == recipe["task"] and type(algorithm) is ALGORITHMS[recipe["algorithm"]]
-    for key in recipe.keys() - {"task", "algorithm"}:
+    for key in recipe.keys() - {"task", "algorithm", "with"}:
         found = [part for part in (settings, algorithm, loop) if hasattr(part, key)]
         assert len(found) == 1 and getattr(found[0], key) == recipe[key]
 
@@ -325,7 +338,7 @@ def test_a_recipe_with_another_algorithm_keeps_what_is_not_its_own(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("task: toy\nalgorithm: neighbor\nsteps: 5\nsigma: 0.4\nmicro_batch: 7\nlr: 0.005\n")
     _, (_, algorithm, loop), _ = read_command(["--recipe", str(recipe), "--algorithm", "dance"])
-    assert (algorithm.steps, algorithm.micro_batch, loop.lr) == (ALGORITHMS["dance"]().steps, 7, 0.005)
+    assert (algorithm.steps, loop.micro_batch, loop.lr) == (ALGORITHMS["dance"]().steps, 7, 0.005)
     _, (_, algorithm, loop), _ = read_command(["--recipe", str(recipe), "--sigma", "0.2"])
     assert (algorithm.steps, algorithm.sigma, loop.lr) == (5, 0.2, 0.005)
     for wrong, message in (("sigmaa: 1", "names of settings"), ("task: faces", "task among"), ("- 1", "a mapping")):
@@ -356,7 +369,7 @@ def test_train_evaluate_sample_and_resume(folder, tmp_path, capsys, monkeypatch)
 def launch(cwd, processes, line, **environment):
     "A command in processes of torchrun; what they printed."
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    inherited = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(images.__file__).parent.parent)}
+    inherited = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(images.__file__).parents[2])}
     started = [*command, "-m", "neighbor_grpo.cli", *line.split()]
     done = subprocess.run(started, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr

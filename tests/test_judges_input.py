@@ -8,8 +8,10 @@ import transformers
 from PIL import Image
 
 from neighbor_grpo.rewards import judges as library
-from neighbor_grpo.rewards.judges import CLIPScore, HPSv21, PickScore, is_path, reward_names
-from neighbor_grpo.rewards.remote import Compressibility, RemoteReward, RewardServer, to_pictures
+from neighbor_grpo.rewards.judges import CLIPScore, HPSv21, PickScore, reward_names
+from neighbor_grpo.rewards.programs import Compressibility, to_pictures
+from neighbor_grpo.rewards.remote import RemoteReward, RewardServer
+from neighbor_grpo.runs.machine import is_path
 
 # --- sources ---
 

@@ -9,12 +9,14 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
 
-from neighbor_grpo.models.flux import FluxPolicy
-from neighbor_grpo.models.sd3 import ADAPTER, SD3Policy, SD3Settings, lora_tensors, quiet, save_policy
+from neighbor_grpo.models.flux import FLUX
+from neighbor_grpo.models.pipeline import ADAPTER, PipelinePolicy, PipelineSettings, lora_tensors, save_policy
+from neighbor_grpo.models.sd3 import SD3
+from neighbor_grpo.runs.machine import quiet
 
 CASES = {
-    "sd3": (lambda: tiny_sd3(dual=True), SD3Policy, dict(lora_dual=True), "transformer_blocks.0.attn2.to_q"),
-    "flux": (tiny_flux, FluxPolicy, {}, "single_transformer_blocks.0.attn.to_q"),
+    "sd3": (lambda: tiny_sd3(dual=True), SD3, dict(lora_dual=True), "transformer_blocks.0.attn2.to_q"),
+    "flux": (tiny_flux, FLUX, {}, "single_transformer_blocks.0.attn.to_q"),
 }
 PLACE = "transformer_blocks.0.attn.to_q"
 
@@ -26,10 +28,10 @@ def added(transformer, place, of=lambda weight: weight):
     return (layer.scaling[name] * of(layer.lora_B[name].weight) @ of(layer.lora_A[name].weight)).detach()
 
 
-def random_policy(pipeline, kind, rank=4, alpha=0, **settings):
+def random_policy(pipeline, family, rank=4, alpha=0, **settings):
     "Adapters that do something: B is not zero."
     transformer = copy.deepcopy(pipeline.transformer)
-    policy = kind(transformer, SD3Settings(lora_rank=rank, lora_alpha=alpha, **settings))
+    policy = PipelinePolicy(family, transformer, PipelineSettings(lora_rank=rank, lora_alpha=alpha, **settings))
     generator = torch.Generator().manual_seed(1)
     for name, weight in policy.named_parameters():
         if ".lora_B." in name:
@@ -51,9 +53,9 @@ def in_peft(transformer, tensors, rank):
 @pytest.mark.parametrize("case", CASES)
 def test_every_reader_gets_the_strength_that_was_trained(tmp_path, case, alpha):
     "diffusers from the folder, diffusers from tensors, and peft; a scale of 2 to the last bit."
-    make, kind, settings, other = CASES[case]
+    make, family, settings, other = CASES[case]
     pipeline = make()
-    policy = random_policy(pipeline, kind, alpha=alpha, **settings)
+    policy = random_policy(pipeline, family, alpha=alpha, **settings)
     save_policy(policy, pipeline, tmp_path / "lora")
     tensors = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     opened = []
@@ -72,7 +74,7 @@ def test_every_reader_gets_the_strength_that_was_trained(tmp_path, case, alpha):
 
 
 def test_a_scale_that_is_no_power_of_two_rounds_each_weight_once():
-    policy = random_policy(tiny_sd3(), SD3Policy, rank=6, alpha=5)
+    policy = random_policy(tiny_sd3(), SD3, rank=6, alpha=5)
     tensors = lora_tensors(policy.transformer)
     layer = policy.transformer.get_submodule(PLACE)
     wanted, found = (5 / 6) * layer.lora_B[ADAPTER].weight.double(), tensors[f"{PLACE}.lora_B.weight"]
@@ -84,7 +86,7 @@ def test_a_scale_that_is_no_power_of_two_rounds_each_weight_once():
 
 def test_saving_leaves_the_policy_as_it_was(tmp_path):
     pipeline = tiny_sd3()
-    policy = random_policy(pipeline, SD3Policy)
+    policy = random_policy(pipeline, SD3)
     before = copy.deepcopy(policy.state_dict())
     save_policy(policy, pipeline, tmp_path / "lora")
     after = policy.state_dict()
@@ -96,7 +98,8 @@ def test_saving_leaves_the_policy_as_it_was(tmp_path):
 def test_equal_runs_save_equal_bytes(tmp_path, kind):
     "Eight times: the order of a file's metadata, where it has several entries, is drawn anew each time."
     pipeline, saved = tiny_sd3(), set()
-    policy = random_policy(pipeline, SD3Policy) if kind == "lora" else SD3Policy(copy.deepcopy(pipeline.transformer))
+    whole = PipelinePolicy(SD3, copy.deepcopy(pipeline.transformer))
+    policy = random_policy(pipeline, SD3) if kind == "lora" else whole
     for number in range(8):
         save_policy(policy, pipeline, tmp_path / str(number))
         files = sorted(path for path in (tmp_path / str(number)).rglob("*") if path.is_file())

@@ -25,7 +25,7 @@ from neighbor_grpo.lab.cost import (
     largest_fit,
     operations,
 )
-from neighbor_grpo.models.sd3 import SD3Settings
+from neighbor_grpo.models.pipeline import PipelineSettings
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.gaussian import DanceGRPO
 
@@ -177,7 +177,7 @@ def test_every_part_is_possible():
             values |= yaml.safe_load(
                 (ROOT / f"neighbor_grpo/recipes/{values['name']}.yaml").read_text(encoding="utf-8")
             )
-        SD3Settings(**{f.name: values[f.name] for f in fields(SD3Settings) if f.name in values})
+        PipelineSettings(**{f.name: values[f.name] for f in fields(PipelineSettings) if f.name in values})
         for algorithm in measure_gpu.algorithms(small=False):
             assert values.get("micro_batch", 0) % algorithm.together == 0
         assert values.get("model", "tiny") in cost.MODELS and part.least < part.limit <= 540
@@ -199,7 +199,7 @@ def test_largest_that_fits(limit, most):
 
 
 def test_too_many_states_do_not_fit(monkeypatch):
-    task = RandomTask("tiny", 32, 32, SD3Settings(lora_rank=2))
+    task = RandomTask("tiny", 32, 32, PipelineSettings(lora_rank=2))
     call = task.policy.call
 
     def with_room_for_three(x, *rest, **more):

@@ -48,10 +48,12 @@ from neighbor_grpo.models.miniature import (
     with_networks,
     within,
 )
-from neighbor_grpo.models.sd3 import MINIATURE, SD3Policy, decode, encode_prompts, open_pipeline, quiet
+from neighbor_grpo.models.pipeline import MINIATURE, PipelinePolicy, decode, encode_prompts, open_pipeline
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
 from neighbor_grpo.runs.folder import read_rows
+from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.tasks.scenes import all_captions, draw_layout, render, split_captions, verify, words
@@ -173,7 +175,7 @@ def call(pipeline, noise, captions):
 
 
 def test_it_is_saved_and_opened_with_its_tokenizers(source):
-    built, opened, noise = make_pipeline(5), open_pipeline(source), randn((2, 8, 8, 8), seeded(0))
+    built, opened, noise = make_pipeline(5), open_pipeline(SD3, source), randn((2, 8, 8, 8), seeded(0))
     built.set_progress_bar_config(disable=True)
     texts = ["three green triangles", "a red circle left of a blue square"]
     # Opened weights need no gradient, so layers take other products of matrices: rounding of pixels in [0, 1].
@@ -183,7 +185,7 @@ def test_it_is_saved_and_opened_with_its_tokenizers(source):
 
 
 def test_every_word_changes_what_the_transformer_is_told(source):
-    pipeline = open_pipeline(source)
+    pipeline = open_pipeline(SD3, source)
     told = encode_prompts(
         pipeline, ["two red circles", "two red squares", "two blue circles", "four red circles"], LENGTH
     )
@@ -355,7 +357,7 @@ def test_a_second_run_goes_on_from_the_first(tiny, tmp_path):
     assert now[: len(log)] == log and now[len(log)]["settings"] == vars(steps) | {"source": folder.name}
     assert [(row["stage"], row["step"]) for row in now[len(log) + 1 :]] == [("flow", 7), ("guidance", 8)]
     assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(now))
-    before = open_pipeline(folder)
+    before = open_pipeline(SD3, folder)
     assert torch.equal(weights(opened.vae), weights(before.vae)), "it keeps its autoencoder"
     change = (weights(opened.transformer) - weights(before.transformer)).abs()
     assert 0 < change.max() < 5e-3, "it started where the first one ended"
@@ -430,7 +432,7 @@ def test_the_packaged_pipeline_is_small_safe_and_clean():
 
 @PACKAGED
 def test_the_packaged_pipeline_has_these_shapes_and_tokens():
-    opened, built = open_pipeline(MINIATURE), make_pipeline()
+    opened, built = open_pipeline(SD3, MINIATURE), make_pipeline()
     for name in (*NETWORKS, "vae"):
         shapes = [{n: w.shape for n, w in getattr(p, name).state_dict().items()} for p in (opened, built)]
         assert shapes[0] == shapes[1]
@@ -441,7 +443,7 @@ def test_the_packaged_pipeline_has_these_shapes_and_tokens():
 
 @PACKAGED
 def test_the_packaged_autoencoder_keeps_what_is_verified():
-    pipeline, (images, captions) = open_pipeline(MINIATURE), draw_scenes(200, seeded(11))
+    pipeline, (images, captions) = open_pipeline(SD3, MINIATURE), draw_scenes(200, seeded(11))
     with torch.no_grad():
         z = pipeline.vae.encode(images / 127.5 - 1).latent_dist.mean
     latents = (z - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
@@ -452,7 +454,7 @@ def test_the_packaged_autoencoder_keeps_what_is_verified():
 @PACKAGED
 def test_the_packaged_accuracies_are_those_of_the_log_and_leave_room():
     last, n = read_rows(MINIATURE / "log.jsonl")[-1], 48
-    for kind, share in accuracies(open_pipeline(MINIATURE), n).items():
+    for kind, share in accuracies(open_pipeline(SD3, MINIATURE), n).items():
         assert abs(share - last[kind]) <= 4 * math.sqrt(last[kind] * (1 - last[kind]) / n) + 1 / n, kind
     assert last["single"] >= 0.7
     assert 0.4 <= last["count"] <= 0.8 and 0.4 <= last["relation"] <= 0.8, "competent, with room"
@@ -462,14 +464,15 @@ def test_the_packaged_accuracies_are_those_of_the_log_and_leave_room():
 
 
 def test_images_come_from_fixed_noise_in_any_company(source):
-    pipeline = open_pipeline(source)
-    policy, captions = SD3Policy(pipeline.transformer).requires_grad_(False), all_captions("count")
+    pipeline = open_pipeline(SD3, source)
+    policy, captions = PipelinePolicy(SD3, pipeline.transformer).requires_grad_(False), all_captions("count")
     images = draw_images(pipeline, policy, captions[:6], steps=2)
     torch.rand(3)
     assert images.shape == (6, 3, 32, 32) and torch.equal(images, draw_images(pipeline, policy, captions[:6], steps=2))
     assert torch.allclose(draw_images(pipeline, policy, captions[:3], steps=2), images[:3], atol=1e-5)
     assert not torch.allclose(images, draw_images(pipeline, policy, captions[:6], steps=2, seed=1), atol=1e-2)
-    noise, cond = randn((6, 8, 8, 8), seeded(0, 9)), encode_prompts(pipeline, [str(c) for c in captions[:6]], LENGTH)
+    noise, texts = randn((6, 8, 8, 8), seeded(0, 9)), [str(c) for c in captions[:6]]
+    cond = encode_prompts(SD3, pipeline, texts, LENGTH)
     expected = decode(pipeline, solve(policy, noise, time_grid(2), cond).x[-1])
     assert torch.allclose(images, expected, atol=1e-5)
 
@@ -486,7 +489,7 @@ def test_accuracies_are_the_verifiers_on_the_right_captions(source, monkeypatch)
     seen = []
     monkeypatch.setattr(miniature, "draw_images", lambda p, v, captions: render(draw_layout(captions, seeded(2))))
     monkeypatch.setattr(miniature, "verify", lambda x, captions: (seen.append(captions), verify(x, captions))[1])
-    figures = accuracies(open_pipeline(source), 30)
+    figures = accuracies(open_pipeline(SD3, source), 30)
     assert list(figures) == list(KINDS) and min(figures.values()) >= 0.9
     for name, captions in zip(figures, seen, strict=True):
         assert {c.kind for c in captions} == {name.removesuffix("_unseen")} and len(captions) == 30
@@ -544,7 +547,7 @@ def test_what_is_trained_held_out_and_watched(rewarded, source):
 
 def test_conditions_are_the_encoded_captions_of_the_prompts(source):
     task, prompts = make_task(source), torch.tensor([5, 0, 5])
-    expected = encode_prompts(task.pipeline, [str(task.captions[i]) for i in prompts], LENGTH)
+    expected = encode_prompts(SD3, task.pipeline, [str(task.captions[i]) for i in prompts], LENGTH)
     found = task.conditions(prompts)
     assert found.keys() == expected.keys() and all(torch.allclose(found[k], expected[k], atol=1e-5) for k in found)
     assert found["embeds"].shape == (3, 2 * LENGTH, 96)
@@ -672,7 +675,7 @@ def test_what_was_saved_opens_without_this_package(source, tmp_path):
         task = make_task(source, lora_rank=rank)
         policy = move(copy.deepcopy(task.policy))
         task.save(policy, tmp_path / kind)
-        cond = encode_prompts(task.pipeline, ["two red circles", "four blue squares"], LENGTH)
+        cond = encode_prompts(SD3, task.pipeline, ["two red circles", "four blue squares"], LENGTH)
         with torch.no_grad():
             samples, before = (solve(p, noise, time_grid(3), cond, "euler").x[-1] for p in (policy, task.base))
         expected[kind] = decode(task.pipeline, samples)

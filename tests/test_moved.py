@@ -30,7 +30,8 @@ LINES = {
     "from neighbor_grpo.training import *; Checkpoints, Trainer, TrainSettings, train": "runs.trainer.Trainer",
     "from neighbor_grpo.training import Checkpoints": "runs.folder.Checkpoints",
     "from neighbor_grpo import training; training.read_rows": "runs.folder.read_rows",
-    "from neighbor_grpo.rewards import RewardServer, RemoteReward, pack": "rewards.remote.RewardServer",
+    "from neighbor_grpo.sd3 import MINIATURE, SD3": "models.pipeline.MINIATURE",
+    "from neighbor_grpo.rewards import RewardServer, RemoteReward": "rewards.remote.RewardServer",
 }
 
 SCRIPT = """

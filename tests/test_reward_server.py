@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import save
 
 from neighbor_grpo.rewards import remote as library
-from neighbor_grpo.rewards.remote import RemoteReward, RewardServer, pack
+from neighbor_grpo.rewards.remote import RemoteReward, RewardServer, pack_request
 
 PICTURES = [Image.new("RGB", (4, 4), (k, 0, 0)) for k in range(3)]
-GOOD = pack(PICTURES, ["a", "b", "c"], "7")
+GOOD = pack_request(PICTURES, ["a", "b", "c"], "7")
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +77,8 @@ BAD = {
     "a header beyond the end": b"\xff" * 100,
     "a header that is no JSON": (3).to_bytes(8, "little") + b"abc",
     "deep prompts": tensors("[" * 10**5),
-    "a prompt too many": pack(PICTURES, ["a"] * 4, "1"),
-    "no pictures": pack([], [], "1"),
+    "a prompt too many": pack_request(PICTURES, ["a"] * 4, "1"),
+    "no pictures": pack_request([], [], "1"),
     "a prompt as text": tensors('"a"'),
     "a number as prompt": tensors("[1]"),
     "half a surrogate": tensors('["\\ud800"]'),
@@ -99,7 +99,7 @@ def test_what_is_the_clients_fault_never_reaches_the_judge():
             assert answer.status_code == 400 and list(answer.json()) == ["error"], name
             assert server.answer(body)[0] == 400, name
         assert post(server, bytes(10**6 + 1)).status_code == 413
-        assert post(server, pack(PICTURES + PICTURES[:1], ["a"] * 4, "1")).status_code == 413
+        assert post(server, pack_request(PICTURES + PICTURES[:1], ["a"] * 4, "1")).status_code == 413
         assert post(server, content_type="text/plain").status_code == 415
         assert post(server, content_encoding="gzip").status_code == 415
         assert post(server, iter([GOOD])).status_code == 411
@@ -150,7 +150,7 @@ def test_what_is_the_judges_fault_is_traced_here_and_told_there(error, capfd):
     with RewardServer(judge) as server:
         answer = post(server)
         assert answer.status_code == 500 and answer.json() == dict(error=f"{error.__name__}: on this one")
-        assert post(server, pack(PICTURES, ["b"] * 3, "2")).json()["rewards"] == [1.0] * 3
+        assert post(server, pack_request(PICTURES, ["b"] * 3, "2")).json()["rewards"] == [1.0] * 3
     traced = capfd.readouterr().err
     assert traced.startswith("Traceback") and "in judge" in traced
 
@@ -196,7 +196,7 @@ def test_others_are_read_while_the_judge_works():
 
 def test_the_last_answers_are_known_and_older_ones_forgotten():
     server = RewardServer(judge := Judge())
-    bodies = [pack(PICTURES, ["a"] * 3, str(k)) for k in range(70)]
+    bodies = [pack_request(PICTURES, ["a"] * 3, str(k)) for k in range(70)]
     for k in [*range(70), 69, 0]:
         assert server.answer(bodies[k])[0] == 200
     assert judge.calls == 71 and len(server.known) == 64

@@ -31,18 +31,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from neighbor_grpo.grpo import combine_rewards
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rewards import judges as library
-from neighbor_grpo.rewards.judges import (
-    Aesthetic,
-    CLIPScore,
-    HPSv21,
-    PickScore,
-    Rewards,
-    make_rewards,
-    pack,
-    parse_rewards,
-    unpack,
-)
-from neighbor_grpo.rewards.remote import Compressibility, RemoteReward, Reward, RewardServer, to_pictures
+from neighbor_grpo.rewards.judges import Aesthetic, CLIPScore, HPSv21, PickScore, Rewards, make_rewards, parse_rewards
+from neighbor_grpo.rewards.programs import Compressibility, Reward, to_pictures
+from neighbor_grpo.rewards.remote import RemoteReward, RewardServer, pack_request, unpack_request
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings
 
@@ -705,7 +696,7 @@ brightness = Brightness()
 
 
 def test_a_request_arrives_as_it_was_sent():
-    pictures, prompts, request = unpack(pack(LISTED, ASKED, "7"))
+    pictures, prompts, request = unpack_request(pack_request(LISTED, ASKED, "7"))
     assert prompts == ASKED and request == "7"
     for sent, arrived in zip(LISTED, pictures):
         assert (np.array(sent.convert("RGB")) == np.array(arrived)).all()
@@ -896,7 +887,8 @@ def test_errors_of_the_judge_come_back(judge, line):
 
 def test_the_server_survives_strangers():
     with RewardServer(brightness) as server:
-        for body in (b"", b"hello", pickle.dumps("hello"), pack(LISTED[:2], PROMPTS[:3], "1"), pack([], [], "1")):
+        packed = pack_request(LISTED[:2], PROMPTS[:3], "1"), pack_request([], [], "1")
+        for body in (b"", b"hello", pickle.dumps("hello"), *packed):
             status, content = server.answer(body)
             assert status == 400 and list(content) == ["error"] and "\n" not in content["error"]
         floats = save({"0": torch.rand(4, 4, 3)}, dict(prompts='["a"]', request="1"))
@@ -947,7 +939,8 @@ def test_training_through_faults_is_bit_identical(tmp_path):
 
 SERVE = """
 import sys
-from neighbor_grpo.rewards.remote import Compressibility, RewardServer
+from neighbor_grpo.rewards.programs import Compressibility
+from neighbor_grpo.rewards.remote import RewardServer
 assert "transformers" not in sys.modules  # may be another version there, or none
 server = RewardServer(Compressibility(), port=int(sys.argv[1]))
 print(server.server_port, flush=True)

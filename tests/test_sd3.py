@@ -24,22 +24,23 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.models.sd3 import (
+from neighbor_grpo.models.pipeline import (
     ADAPTER,
-    SD3Policy,
-    SD3Settings,
+    PipelinePolicy,
+    PipelineSettings,
     adapters_off,
     decode,
     encode_prompts,
-    latent_shape,
+    fixed_shift,
     open_pipeline,
-    pipeline_shift,
-    quiet,
     save_policy,
 )
+from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rollouts import take
+from neighbor_grpo.rollouts import Watched, take
+from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.solvers import solve
+from neighbor_grpo.training import VelocityPenalty
 
 PROMPTS, STEPS = ["a cat", "two dogs", "a red bird"], 5
 BOTH = pytest.mark.parametrize("dual", [False, True], ids=["sd3", "sd35"])
@@ -48,12 +49,12 @@ KINDS = pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 
 def settings_of(dual, rank, **more):
     "Alpha differs from the rank and from twice the rank, so that a wrong scale is seen."
-    return SD3Settings(**(dict(lora_rank=rank, lora_alpha=3, lora_dual=dual) if rank else {}), **more)
+    return PipelineSettings(**(dict(lora_rank=rank, lora_alpha=3, lora_dual=dual) if rank else {}), **more)
 
 
 def make(pipeline, dual=False, rank=0, moved=False, **more):
-    negative = encode_prompts(pipeline, [""], 12)
-    policy = SD3Policy(copy.deepcopy(pipeline.transformer), settings_of(dual, rank, **more), negative)
+    negative = encode_prompts(SD3, pipeline, [""], 12)
+    policy = PipelinePolicy(SD3, copy.deepcopy(pipeline.transformer), settings_of(dual, rank, **more), negative)
     return move(policy) if moved else policy
 
 
@@ -71,7 +72,7 @@ def trained(module):
 
 def inputs(pipeline, count=3, seed=0):
     "States, times and conditions."
-    cond = take(encode_prompts(pipeline, PROMPTS, 12), torch.arange(count) % 3)
+    cond = take(encode_prompts(SD3, pipeline, PROMPTS, 12), torch.arange(count) % 3)
     generator = seeded(seed)
     return randn((count, 4, 8, 8), generator), torch.rand(count, generator=generator), cond
 
@@ -86,8 +87,8 @@ def call(pipeline, noise, guidance_scale=1.0, **more):
 @torch.no_grad()
 def sample(policy, pipeline, noise):
     "The same images with our parts."
-    ts = time_grid(STEPS, pipeline_shift(pipeline))
-    return decode(pipeline, solve(policy, noise, ts, encode_prompts(pipeline, PROMPTS, 12), "euler").x[-1])
+    ts = time_grid(STEPS, fixed_shift(pipeline))
+    return decode(pipeline, solve(policy, noise, ts, encode_prompts(SD3, pipeline, PROMPTS, 12), "euler").x[-1])
 
 
 # Of velocities of order one. Layers with and without a gradient take different products of matrices, of 100 terms.
@@ -128,8 +129,8 @@ def test_images_are_the_pipelines_own(dual, rank, guidance_scale):
 def test_time_grid_is_the_schedulers(shift, steps):
     pipeline = tiny_sd3(shift=shift)
     pipeline.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
-    assert pipeline_shift(pipeline) == shift
-    assert (time_grid(steps, pipeline_shift(pipeline)) - pipeline.scheduler.sigmas).abs().max() < 1e-6
+    assert fixed_shift(pipeline) == shift
+    assert (time_grid(steps, fixed_shift(pipeline)) - pipeline.scheduler.sigmas).abs().max() < 1e-6
 
 
 FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
@@ -147,7 +148,7 @@ FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction")
 def test_shift_of_other_schedulers(scheduler):
     pipeline = tiny_sd3()
     pipeline.scheduler = scheduler
-    assert pipeline_shift(pipeline) == 2.0
+    assert fixed_shift(pipeline) == 2.0
 
 
 class Shifted(FlowMatchEulerDiscreteScheduler):
@@ -175,7 +176,7 @@ def test_a_scheduler_without_one_shift_is_refused(scheduler, reason):
     pipeline = tiny_sd3()
     pipeline.scheduler = scheduler(pipeline.scheduler)
     with pytest.raises(ValueError, match="pipeline.scheduler must be") as error:
-        pipeline_shift(pipeline)
+        fixed_shift(pipeline)
     assert reason in str(error.value)
 
 
@@ -185,7 +186,7 @@ def test_a_scheduler_without_one_shift_is_refused(scheduler, reason):
 def test_prompts_are_encoded_as_by_the_pipeline():
     pipeline = tiny_sd3()
     pipeline.text_encoder_3.requires_grad_(True)
-    found = encode_prompts(pipeline, PROMPTS, 13)
+    found = encode_prompts(SD3, pipeline, PROMPTS, 13)
     embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS, None, None, max_sequence_length=13)
     assert (found["embeds"] - embeds).abs().max() < 1e-5 and torch.equal(found["pooled"], pooled)
     assert found["embeds"].shape == (3, 16 + 13, 32) and found["pooled"].shape == (3, 24)
@@ -195,7 +196,7 @@ def test_prompts_are_encoded_as_by_the_pipeline():
 @pytest.mark.parametrize("batch", [1, 2, 3, 64])
 def test_the_batch_size_of_encoding_does_not_matter(batch):
     pipeline = tiny_sd3()
-    found, expected = encode_prompts(pipeline, PROMPTS, 12, batch), encode_prompts(pipeline, PROMPTS, 12)
+    found, expected = encode_prompts(SD3, pipeline, PROMPTS, 12, batch), encode_prompts(SD3, pipeline, PROMPTS, 12)
     assert all((found[name] - expected[name]).abs().max() < 1e-5 for name in ("embeds", "pooled"))
 
 
@@ -203,13 +204,13 @@ def test_embeddings_are_float32_whatever_the_encoders():
     pipeline = tiny_sd3()
     for part in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         part.to(torch.bfloat16)
-    assert {value.dtype for value in encode_prompts(pipeline, PROMPTS, 12).values()} == {torch.float32}
+    assert {value.dtype for value in encode_prompts(SD3, pipeline, PROMPTS, 12).values()} == {torch.float32}
 
 
 def test_a_pipeline_without_t5_encodes_too():
     pipeline = tiny_sd3()
     pipeline.text_encoder_3 = pipeline.tokenizer_3 = None
-    found = encode_prompts(pipeline, PROMPTS, 12)["embeds"]
+    found = encode_prompts(SD3, pipeline, PROMPTS, 12)["embeds"]
     assert found.shape == (3, 28, 32) and (found[:, 16:] == 0).all()
 
 
@@ -234,7 +235,7 @@ def test_images_are_float32_whatever_the_autoencoder():
 def test_latent_shape_is_that_of_the_pipeline(height, width):
     pipeline = tiny_sd3()
     options = dict(num_inference_steps=1, height=height, width=width, max_sequence_length=12, output_type="latent")
-    assert latent_shape(pipeline, height, width) == tuple(pipeline("a cat", **options).images.shape[1:])
+    assert SD3.latent_shape(pipeline, height, width) == tuple(pipeline("a cat", **options).images.shape[1:])
 
 
 # --- opening ---
@@ -262,7 +263,7 @@ def edited(saved, tmp_path, change):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_opened_pipeline_is_ready(saved, dtype, capfd):
-    pipeline = open_pipeline(saved[True], dtype)
+    pipeline = open_pipeline(SD3, saved[True], dtype)
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     assert len(parts) == 5 and not any(part.training for part in parts)
     assert {weight.dtype for part in parts for weight in part.parameters()} == {dtype}
@@ -278,7 +279,7 @@ def test_progress_bars_are_as_before(saved):
     for enabled in (True, False, True):
         for log in logs:
             (log.enable_progress_bar if enabled else log.disable_progress_bar)()
-        open_pipeline(saved[False])
+        open_pipeline(SD3, saved[False])
         assert [log.is_progress_bar_enabled() for log in logs] == [enabled] * 2
 
 
@@ -305,7 +306,7 @@ def pickle_only(folder):
 def test_what_is_no_pipeline_is_refused(saved, tmp_path, change, fragment):
     folder = edited(saved, tmp_path, change)
     with pytest.raises(ValueError, match="source must be a folder with a StableDiffusion3Pipeline") as error:
-        open_pipeline(folder)
+        open_pipeline(SD3, folder)
     assert fragment in str(error.value) and str(folder) in str(error.value)
 
 
@@ -333,8 +334,8 @@ def test_each_row_has_its_own_time_and_prompt(rank):
 
 
 def test_states_stay_float32_beside_a_bfloat16_network(saved):
-    pipeline, half = open_pipeline(saved[False]), open_pipeline(saved[False], torch.bfloat16)
-    policy = SD3Policy(half.transformer, SD3Settings(lora_rank=4))
+    pipeline, half = open_pipeline(SD3, saved[False]), open_pipeline(SD3, saved[False], torch.bfloat16)
+    policy = PipelinePolicy(SD3, half.transformer, PipelineSettings(lora_rank=4))
     spy = Spy(policy.transformer)
     x, t, cond = inputs(pipeline)
     v = policy(x, t, cond)
@@ -352,7 +353,7 @@ def test_states_stay_float32_beside_a_bfloat16_network(saved):
 
 
 def test_all_weights_are_trained_in_float32(saved):
-    policy = SD3Policy(open_pipeline(saved[False], torch.bfloat16).transformer)
+    policy = PipelinePolicy(SD3, open_pipeline(SD3, saved[False], torch.bfloat16).transformer)
     weights = list(policy.parameters())
     assert {weight.dtype for weight in weights} == {torch.float32} and all(weight.requires_grad for weight in weights)
 
@@ -377,7 +378,7 @@ def test_guidance_extrapolates_from_the_empty_prompt():
     pipeline = tiny_sd3()
     policy = make(pipeline, guidance_scale=2.5, train_guidance_scale=4.0)
     x, t, cond = inputs(pipeline)
-    empty = take(encode_prompts(pipeline, [""], 12), torch.zeros(3, dtype=torch.long))
+    empty = take(encode_prompts(SD3, pipeline, [""], 12), torch.zeros(3, dtype=torch.long))
     plain = make(pipeline)
     v, v_empty = plain(x, t, cond), plain(x, t, empty)
     with torch.no_grad():
@@ -413,7 +414,7 @@ LAST = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj".split()
 @pytest.mark.parametrize("attn2", [False, True])
 def test_adapters_are_on_the_projections_of_the_attention(attn2):
     pipeline = tiny_sd3(dual=True)
-    policy = SD3Policy(copy.deepcopy(pipeline.transformer), SD3Settings(lora_rank=4, lora_dual=attn2))
+    policy = PipelinePolicy(SD3, copy.deepcopy(pipeline.transformer), PipelineSettings(lora_rank=4, lora_dual=attn2))
     places = [f"0.attn.{name}" for name in FIRST] + [f"1.attn.{name}" for name in LAST]
     places += [f"0.attn2.{name}" for name in FIRST[:4]] if attn2 else []
     expected = {
@@ -452,7 +453,7 @@ def test_first_weights_depend_on_their_seed_alone():
     def first(global_seed, seed):
         torch.manual_seed(global_seed)
         state = torch.get_rng_state()
-        policy = SD3Policy(copy.deepcopy(pipeline.transformer), SD3Settings(lora_rank=4), seed=seed)
+        policy = PipelinePolicy(SD3, copy.deepcopy(pipeline.transformer), PipelineSettings(lora_rank=4), seed=seed)
         assert torch.equal(torch.get_rng_state(), state), "drew from the global numbers"
         return torch.cat([weight.flatten() for weight in trained(policy).values()])
 
@@ -589,20 +590,24 @@ def test_a_step_of_the_algorithm_lowers_its_loss(rank, micro_batch):
     "One step against the gradient, on the real classes and with a reference, lowers the loss."
     pipeline = tiny_sd3(dual=True)
     policy = make(pipeline, True, rank, moved=True)
-    algorithm = NeighborGRPO(
-        group_size=4, steps=3, trained_steps=2, anchors=2, shift=3.0, kl_weight=0.1, micro_batch=micro_batch
-    )
-    cond, noise = encode_prompts(pipeline, PROMPTS, 12), randn((3, 4, 8, 8), seeded(0))
+    algorithm = NeighborGRPO(group_size=4, steps=3, trained_steps=2, anchors=2, shift=3.0)
+    penalty = VelocityPenalty(0.1)
+    cond, noise = encode_prompts(SD3, pipeline, PROMPTS, 12), randn((3, 4, 8, 8), seeded(0))
     rollout = algorithm.rollout(policy, noise, cond, seeded(1))
     rewards = decode(pipeline, rollout.samples.flatten(0, 1)).mean((1, 2, 3)).unflatten(0, (3, 4))
     reference = policy.reference()
     move(policy, 0.02, seed=3)
 
-    def loss():
-        parts = algorithm.losses(policy, rollout, algorithm.advantages(rewards), seeded(2), reference)
-        return sum(part if micro_batch == 0 else part.detach() for part in parts)
+    def losses():
+        watched = Watched(policy)
+        advantages, count = algorithm.advantages(rewards), len(algorithm.choose(rollout, seeded(2)))
+        for part in algorithm.losses(watched, rollout, advantages, seeded(2), micro_batch=micro_batch):
+            yield part + penalty.at_trained(watched, reference, 1.0) / count
 
-    for part in algorithm.losses(policy, rollout, algorithm.advantages(rewards), seeded(2), reference):
+    def loss():
+        return sum(part if micro_batch == 0 else part.detach() for part in losses())
+
+    for part in losses():
         part.backward()
     gradient = {name: weight.grad.clone() for name, weight in trained(policy).items()}
     norm = math.sqrt(sum(g.square().sum().item() for g in gradient.values()))
@@ -675,15 +680,15 @@ def test_only_safetensors_are_written_and_nothing_is_left_behind(tmp_path, rank)
 
 
 def test_a_saved_transformer_is_float32_as_trained_and_the_rest_as_it_was(saved, tmp_path):
-    pipeline = open_pipeline(saved[True], torch.bfloat16)
-    policy = move(SD3Policy(copy.deepcopy(pipeline.transformer)))
+    pipeline = open_pipeline(SD3, saved[True], torch.bfloat16)
+    policy = move(PipelinePolicy(SD3, copy.deepcopy(pipeline.transformer)))
     save_policy(policy, pipeline, tmp_path / "policy")
     found = load_file(tmp_path / "policy" / "transformer" / "diffusion_pytorch_model.safetensors")
     expected = policy.transformer.state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     rest = load_file(tmp_path / "policy" / "vae" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in rest.values()} == {torch.bfloat16}
-    again = open_pipeline(tmp_path / "policy")
+    again = open_pipeline(SD3, tmp_path / "policy")
     assert torch.equal(again.transformer.proj_out.weight, policy.transformer.proj_out.weight)
     assert pipeline.transformer.dtype == torch.bfloat16, "the pipeline is not changed"
 
@@ -701,7 +706,7 @@ def test_a_loaded_policy_can_be_saved_and_trained_again(tmp_path):
     pipeline, noise = tiny_sd3(), randn((3, 4, 8, 8), seeded(0))
     policy = make(pipeline, moved=True)
     save_policy(policy, pipeline, tmp_path / "policy")
-    again = open_pipeline(tmp_path / "policy")
+    again = open_pipeline(SD3, tmp_path / "policy")
     assert (sample(make(again), again, noise) - sample(policy, pipeline, noise)).abs().max() < 1e-5
 
 

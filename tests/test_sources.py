@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from tiny import tiny_flux, tiny_sd3
 
 from neighbor_grpo.cli import main
-from neighbor_grpo.models import sd3
-from neighbor_grpo.models.flux import FLUX, SD3
-from neighbor_grpo.models.sd3 import count_cut, encode_prompts, open_pipeline, quiet, save_policy
+from neighbor_grpo.models import pipeline as pipelines
+from neighbor_grpo.models.flux import FLUX
+from neighbor_grpo.models.pipeline import count_cut, encode_prompts, open_pipeline, save_policy
+from neighbor_grpo.models.sd3 import SD3
+from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask, encode_and_drop, open_encoded
 
@@ -51,13 +53,13 @@ def index(folder, **parts):
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 @pytest.mark.parametrize("variant", ["fp16", "bf16"])
 def test_a_folder_with_one_precision_opens(saved, tmp_path, kind, variant, capfd):
-    family = dict(sd3=SD3, flux=FLUX)[kind].pipeline
-    whole = open_pipeline(saved / kind, kind=family)
+    family = dict(sd3=SD3, flux=FLUX)[kind]
+    whole = open_pipeline(family, saved / kind)
     with quiet():
         whole.save_pretrained(tmp_path / "half", variant=variant)
     assert not list((tmp_path / "half").glob("*/model.safetensors"))
     capfd.readouterr()
-    half = open_pipeline(tmp_path / "half", kind=family)
+    half = open_pipeline(family, tmp_path / "half")
     for name, weight in whole.transformer.state_dict().items():
         assert torch.equal(half.transformer.state_dict()[name], weight)
     assert capfd.readouterr() == ("", "")
@@ -66,15 +68,15 @@ def test_a_folder_with_one_precision_opens(saved, tmp_path, kind, variant, capfd
 def test_where_both_precisions_lie_the_full_one_opens(saved, tmp_path):
     def add_half(folder):
         with quiet():
-            open_pipeline(saved / "sd3").save_pretrained(folder, variant="fp16")
+            open_pipeline(SD3, saved / "sd3").save_pretrained(folder, variant="fp16")
         half = folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
         shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", half)  # would not fit
 
     folder = edited(saved, tmp_path, add_half)
-    assert sd3.variant_in(folder, ["transformer", "vae", "text_encoder"]) is None
-    open_pipeline(folder)
+    assert pipelines.variant_in(folder, ["transformer", "vae", "text_encoder"]) is None
+    open_pipeline(SD3, folder)
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert sd3.variant_in(folder, ["transformer", "vae", "text_encoder"]) == "fp16"
+    assert pipelines.variant_in(folder, ["transformer", "vae", "text_encoder"]) == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_where_both_precisions_lie_the_full_one_opens(saved, tmp_path):
     ],
 )
 def test_names_of_weight_files(name, variant):
-    assert sd3.WEIGHTS.fullmatch(name)[1] == variant
+    assert pipelines.WEIGHTS.fullmatch(name)[1] == variant
 
 
 def without_t5(saved, folder):
@@ -106,7 +108,7 @@ def test_sd3_without_t5_is_encoded_as_diffusers_does_it(saved, tmp_path):
     with quiet():
         plain = diffusers.StableDiffusion3Pipeline.from_pretrained(source, text_encoder_3=None, tokenizer_3=None)
         wanted = plain.encode_prompt(["a cat"], None, None, do_classifier_free_guidance=False, max_sequence_length=12)
-    told = encode_prompts(open_pipeline(source), ["a cat"], 12)
+    told = encode_prompts(SD3, open_pipeline(SD3, source), ["a cat"], 12)
     assert torch.equal(told["embeds"], wanted[0]) and torch.equal(told["pooled"], wanted[2])
     assert not told["embeds"][:, 16:].any() and told["embeds"][:, :16].any()
     settings = ImagesSettings(source=str(source), height=16, width=16, max_sequence_length=12)
@@ -134,7 +136,7 @@ def test_sd3_without_t5_trains_saves_and_opens(saved, tmp_path, capfd):
     ]
     assert main(command) == 0
     assert capfd.readouterr().err == f"{source} has no T5 encoder: CLIP alone reads the prompts\n"
-    assert open_pipeline(tmp_path / "run" / "trained").text_encoder_3 is None
+    assert open_pipeline(SD3, tmp_path / "run" / "trained").text_encoder_3 is None
 
 
 # --- what is refused ---
@@ -155,7 +157,7 @@ def test_sd3_without_t5_trains_saves_and_opens(saved, tmp_path, capfd):
 def test_what_is_no_pipeline_is_refused_by_name(saved, tmp_path, change, message):
     folder = edited(saved, tmp_path, change)
     with pytest.raises(ValueError, match=message) as caught:
-        open_pipeline(folder)
+        open_pipeline(SD3, folder)
     assert str(folder) in str(caught.value)
 
 
@@ -164,7 +166,7 @@ def test_a_foreign_module_is_not_imported(saved, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     folder = edited(saved, tmp_path, lambda folder: index(folder, scheduler=["plainmod", "Evil"]))
     with pytest.raises(ValueError, match="diffusers and transformers alone"):
-        open_pipeline(folder)
+        open_pipeline(SD3, folder)
     assert "plainmod" not in sys.modules
 
 
@@ -174,7 +176,7 @@ def test_a_single_file_is_refused_with_a_way_out(saved, tmp_path, monkeypatch, k
     Path("models").mkdir()
     shutil.copy(saved / "sd3" / "vae" / "diffusion_pytorch_model.safetensors", "models/sd3.safetensors")
     with pytest.raises(ValueError, match=rf"{kind.pipeline.__name__}.from_single_file\('models/sd3.safetensors'\)"):
-        open_pipeline("models/sd3.safetensors", kind=kind.pipeline)
+        open_pipeline(kind, "models/sd3.safetensors")
 
 
 @pytest.mark.parametrize("source", ["runs/trainde", "models/sd3", "./sd3", "../sd3", "a/b/c", "models/sd3.safetensors"])
@@ -183,7 +185,7 @@ def test_a_mistyped_path_never_asks_the_hub(source, tmp_path, monkeypatch):
     for method in ("load_config", "from_pretrained", "download"):
         monkeypatch.setattr(diffusers.StableDiffusion3Pipeline, method, lambda *a, **k: pytest.fail("asked"))
     with pytest.raises(ValueError, match="source must be a folder with a StableDiffusion3Pipeline") as caught:
-        open_pipeline(source)
+        open_pipeline(SD3, source)
     assert source in str(caught.value)
 
 
@@ -196,8 +198,8 @@ def test_a_model_of_the_hub_is_first_looked_for_here(monkeypatch, capsys):
             raise OSError("not here")
         return tiny_sd3()
 
-    monkeypatch.setattr(sd3, "read_pipeline", read)
-    open_pipeline("some/model", revision="abc")
+    monkeypatch.setattr(pipelines, "read_pipeline", read)
+    open_pipeline(SD3, "some/model", revision="abc")
     assert asked == [(True, "abc"), (False, "abc")]
     assert capsys.readouterr().err == "some/model is not on this machine: asking the hub\n"
 
@@ -224,12 +226,12 @@ def spoken(pipeline, prompts, length):
 def test_encoding_takes_the_size_of_the_prompts_once(tmp_path):
     "Resident memory, of which the page cache of a written file is no part."
     resource = pytest.importorskip("resource")
-    family, prompts = SimpleNamespace(text_of=spoken), [str(i % 100) for i in range(160)]
+    family, prompts = SimpleNamespace(encode=spoken), [str(i % 100) for i in range(160)]
 
     def encode(**options):
-        pipeline = SimpleNamespace(text_encoder=Encoder(), tokenizer=None, components=dict(text_encoder=0, tokenizer=0))
+        pipeline = SimpleNamespace(components=dict(text_encoder=Encoder(), tokenizer=None))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        told = encode_and_drop(pipeline, family, prompts, 128, CPU, False, **options)
+        told = encode_and_drop(family, pipeline, prompts, 128, CPU, False, **options)
         unit = 1024 if sys.platform.startswith("linux") else 1
         return told, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
 
@@ -247,7 +249,7 @@ def test_encoding_takes_the_size_of_the_prompts_once(tmp_path):
 
 def test_prompts_that_are_cut_are_counted_in_one_line(saved, tmp_path, capfd):
     long = "a bird " * 400
-    pipeline = open_pipeline(saved / "sd3")
+    pipeline = open_pipeline(SD3, saved / "sd3")
     assert count_cut(pipeline, ["a cat", long, "a red house with a garden"], 12) == {
         "the 16 tokens of CLIP": 2,
         "the 12 tokens of T5": 2,

@@ -48,7 +48,7 @@ MARGIN = 2.0  # seconds before its limit at which a part should be ready
 
 def judged_latents(latents):
     "`(N, C, h, w) -> (N,)`: minus the kilobytes of each one's first three channels as a JPEG."
-    from neighbor_grpo.rewards.remote import Compressibility
+    from neighbor_grpo.rewards.programs import Compressibility
 
     return Compressibility()((latents[:, :3] / 6 + 0.5).clamp(0, 1), [""] * len(latents))
 
@@ -145,10 +145,10 @@ def algorithms(small):
 def measured(device, seconds, report, known, model, pixels, micro_batch, small=False, iterations=3, **settings):
     "Seconds and memory of an iteration of each algorithm that has no row yet."
     from neighbor_grpo.lab.cost import measure_model
-    from neighbor_grpo.models.sd3 import SD3Settings
+    from neighbor_grpo.models.pipeline import PipelineSettings
 
     missing = [a for a in algorithms(small) if type(a).__name__ not in known]
-    settings = SD3Settings(guidance_scale=4.5, train_guidance_scale=4.5, batch=24, **settings)
+    settings = PipelineSettings(guidance_scale=4.5, train_guidance_scale=4.5, batch=24, **settings)
     rows = measure_model(
         model,
         missing,
@@ -195,7 +195,7 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
     import yaml
 
     from neighbor_grpo.lab.cost import measure_model
-    from neighbor_grpo.models.sd3 import SD3Settings
+    from neighbor_grpo.models.pipeline import PipelineSettings
     from neighbor_grpo.neighbor import NeighborGRPO
 
     values = yaml.safe_load((ROOT / "neighbor_grpo" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -214,7 +214,7 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
         [pick(NeighborGRPO)],
         values["height"],
         values["width"],
-        pick(SD3Settings),
+        pick(PipelineSettings),
         2,
         1 if gigabytes == 0 else values["groups"],
         values["micro_batch"],
@@ -232,12 +232,12 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
 def micro_batches(device, seconds, report, known, model, pixels, most=256, **settings):
     "The largest number of states whose gradient fits, without and with checkpointing."
     from neighbor_grpo.lab.cost import RandomTask, gradient_fits, largest_fit
-    from neighbor_grpo.models.sd3 import SD3Settings
+    from neighbor_grpo.models.pipeline import PipelineSettings
 
     end, values, shown = time.time() + seconds, {}, {}
     for name, again in (("without", False), ("with", True)):
         more = dict(guidance_scale=4.5, train_guidance_scale=4.5, gradient_checkpointing=again)
-        task, took, late = RandomTask(model, pixels, pixels, SD3Settings(**more, **settings), device), [0.0], []
+        task, took, late = RandomTask(model, pixels, pixels, PipelineSettings(**more, **settings), device), [0.0], []
 
         def fits(count, task=task, took=took, late=late):  # what there is no time to try counts as too much
             start = time.time()

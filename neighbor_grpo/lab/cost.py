@@ -25,8 +25,10 @@ from ..rollouts import Algorithm
 from .benchmark import (CostTask, NetworkClock, StreamTime, as_markdown, summaries,
                                          timed_rounds, wall_time)
 from ..flow import require
-from ..models.flux import FLUX, SD3, Family
-from ..models.sd3 import SD3Settings, decode, quiet
+from ..models.pipeline import Family, PipelinePolicy, PipelineSettings, decode
+from ..models.sd3 import SD3
+from ..models.flux import FLUX
+from ..runs.machine import choose_device, quiet
 from ..runs.trainer import Trainer
 from ..training import TrainSettings
 
@@ -99,13 +101,14 @@ def random_network(
 
 def random_policy(
     model: Model,
-    settings: SD3Settings,
+    settings: PipelineSettings,
     device: torch.device | str,  # "meta": shapes alone
 ) -> nn.Module:
     "A policy with random weights, made on the device and in the precision of the settings."
     network = random_network(model.network, model.config, device, settings.precision)
     with torch.device(device):
-        return model.family.policy(network, settings, random_conditions(network, 1, model.tokens))
+        negative = random_conditions(network, 1, model.tokens)
+        return PipelinePolicy(model.family, network, settings, negative)
 
 
 def without_content(module: nn.Module) -> None:
@@ -158,7 +161,7 @@ def count_cost(
     model: str,  # of MODELS
     height: int,  # of an image, in pixels
     width: int,  # of an image, in pixels
-    settings: SD3Settings,  # what is trained, guidance, precision, checkpointing
+    settings: PipelineSettings,  # what is trained, guidance, precision, checkpointing
 ) -> dict[str, float]:  # operations in TFLOP, memory in GB, of one state where nothing else is said
     "Operations and bytes of an evaluation without a gradient and with one, counted from shapes."
     require(model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
@@ -234,7 +237,7 @@ class RandomTask(CostTask):
 
     def __init__(self, model: str,  # of MODELS
                  height: int, width: int,  # of an image, in pixels
-                 settings: SD3Settings = SD3Settings(),
+                 settings: PipelineSettings = PipelineSettings(),
                  device: torch.device | str = "cpu",
                  decode_batch: int = 0,  # latents that a random decoder takes at once; 0: no decoder
                  judge: Callable[[Tensor], Tensor] = mean_of_each):  # (N, ...) -> (N,)
@@ -304,7 +307,7 @@ def measure_model(
     algorithms: Sequence[Algorithm],  # the first is what the others are held against
     height: int = 512,  # of an image, in pixels
     width: int = 512,  # of an image, in pixels
-    settings: SD3Settings = SD3Settings(),
+    settings: PipelineSettings = PipelineSettings(),
     iterations: int = 3,  # timed ones, after one to warm up
     groups: int = 1,  # of an iteration
     micro_batch: int = 4,  # trained states at once
@@ -319,7 +322,7 @@ def measure_model(
     "Median seconds and peak memory of an iteration of each algorithm on a random model."
     whole = isinstance(iterations, int) and iterations >= 1
     require(whole, "iterations", iterations, "an integer >= 1")
-    start, device = time.perf_counter(), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    start, device = time.perf_counter(), choose_device(device)
     task = RandomTask(model, height, width, settings, device, decode_batch, judge)
     with torch.compiler.set_stance("force_eager"):
         counted = count_operations(task.policy, *task.states(1))

@@ -34,12 +34,13 @@ from ..toyflows import one_cycle
 from ..runs.folder import (append_row, check_config, hold_folder, make_folder, read_rows, to_line, without_clock,
                                   write_atomically)
 from ..tasks.scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words
-from .sd3 import (MINIATURE, SD3Policy, SD3Settings, absolute, check_source, decode, encode_prompts,
-                               latent_shape, open_pipeline, pipeline_shift, quiet, read_inputs, save_policy, text_of,
-                               tile, write_inputs)
+from .pipeline import (
+    MINIATURE, PipelinePolicy, PipelineSettings, PipelineTask, absolute, check_source, decode,
+    encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
+from .sd3 import SD3
+from ..runs.machine import quiet
 from ..solvers import solve
-from ..runs.trainer import Snapshot, draw_panels
-from ..training import Task
+from ..runs.trainer import Snapshot, draw_panels, image_grid
 
 # %% ../../nbs/models/miniature.ipynb #e1abb225
 with quiet():  # without hints to install torchvision, which would break things
@@ -234,7 +235,7 @@ def scene_velocity(
     texts: list[str],  # N captions
 ) -> Tensor:  # (N, 8, 8, 8)
     "The transformer's velocity, with gradients into the text encoders."
-    embeds, pooled = text_of(pipeline, texts, LENGTH)
+    embeds, pooled = SD3.encode(pipeline, texts, LENGTH)
     return pipeline.transformer(x, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=1000 * t, return_dict=False)[0]
 
 
@@ -260,7 +261,8 @@ def scene_loss(
 # %% ../../nbs/models/miniature.ipynb #08ae149f
 def networks_of(pipeline: StableDiffusion3Pipeline) -> nn.ModuleDict:
     "What learns together: the transformer and the text encoders."
-    return nn.ModuleDict({name: getattr(pipeline, name) for name in ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")})
+    names = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    return nn.ModuleDict({name: pipeline.components[name] for name in names})
 
 
 def with_networks(
@@ -315,9 +317,9 @@ def draw_images(
     seed: int = 0,  # of the noise
 ) -> Tensor:  # (N, 3, 32, 32) in [0, 1]
     "Images for captions, always from the same noise."
-    cond = encode_prompts(pipeline, [str(caption) for caption in captions], LENGTH)
-    noise = randn((len(captions), *latent_shape(pipeline, SIZE, SIZE)), seeded(seed, 9))
-    ts, rows = time_grid(steps, pipeline_shift(pipeline)), torch.arange(len(captions)).split(192)
+    cond = encode_prompts(SD3, pipeline, [str(caption) for caption in captions], LENGTH)
+    noise = randn((len(captions), *SD3.latent_shape(pipeline, SIZE, SIZE)), seeded(seed, 9))
+    ts, rows = time_grid(steps, SD3.shift(pipeline, SIZE, SIZE)), torch.arange(len(captions)).split(192)
     return decode(pipeline, torch.cat([solve(velocity, noise[part], ts, take(cond, part)).x[-1] for part in rows]), 256)
 
 # %% ../../nbs/models/miniature.ipynb #c7a94dfa
@@ -338,7 +340,7 @@ def accuracies(
     counts, relations = split_captions("count"), split_captions("relation")
     kinds = dict(single=all_captions("single"), count=counts["train"] + counts["held"], count_unseen=counts["unseen"],
                  relation=relations["train"] + relations["held"], relation_unseen=relations["unseen"])
-    policy = SD3Policy(pipeline.transformer).requires_grad_(False)
+    policy = PipelinePolicy(SD3, pipeline.transformer).requires_grad_(False)
     kinds = {name: cycle(captions, images) for name, captions in kinds.items()}
     return {name: verify(draw_images(pipeline, policy, captions), captions)[0].mean().item() for name, captions in kinds.items()}
 
@@ -491,7 +493,7 @@ def make_miniature(
     progress: bool,  # show progress bars
 ) -> None:
     "Autoencoder, then transformer with text encoders; in half precision, with log and model card."
-    pipeline = open_pipeline(settings.source) if settings.source else make_pipeline(settings.seed)
+    pipeline = open_pipeline(SD3, settings.source) if settings.source else make_pipeline(settings.seed)
     earlier = read_rows(Path(settings.source) / "log.jsonl") if settings.source else []
     log = open_log(folder / "log.jsonl", earlier)
     log(settings=vars(settings) | dict(source=Path(settings.source).name))
@@ -527,11 +529,11 @@ def pretrain(
     claim_pretraining(folder, settings)
     with hold_folder(folder / PROGRESS): make_miniature(folder, settings, progress)
     shutil.rmtree(folder / PROGRESS)
-    return open_pipeline(folder)
+    return open_pipeline(SD3, folder)
 
 # %% ../../nbs/models/miniature.ipynb #e11f1620
 @dataclass(frozen=True)
-class ScenesSettings(SD3Settings):
+class ScenesSettings(PipelineSettings):
     "The scenes task: the packaged miniature, rewarded for what its captions ask."
     source: str = ""
     "Folder of a pipeline that `neighbor-grpo pretrain` made; without it the one of this package, which sd3 knows as miniature."
@@ -551,49 +553,37 @@ class ScenesSettings(SD3Settings):
             require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
 
 # %% ../../nbs/models/miniature.ipynb #de6deaad
-class ScenesTask(Task):
+class ScenesTask(PipelineTask):
     "The scenes rung: a miniature Stable Diffusion 3 whose images are checked against their captions."
-    saves = True
-
     def __init__(self, settings: ScenesSettings = ScenesSettings(),
                  folder: str | Path | None = None,  # of the run: what the pipeline is known by is kept in it
                  seed: int = 0,  # of the adapters
                  progress: bool = True):  # for the other tasks: nothing is pretrained here
         source = settings.source or str(MINIATURE)
         revision = check_source(source, read_inputs(folder))
-        self.settings, self.pipeline = settings, open_pipeline(source, revision=revision)
+        self.settings, self.pipeline = settings, open_pipeline(SD3, source, revision=revision)
         write_inputs(folder, source)
-        self.shape, self.shift = latent_shape(self.pipeline, SIZE, SIZE), pipeline_shift(self.pipeline)
+        self.shape = SD3.latent_shape(self.pipeline, SIZE, SIZE)
+        self.shift = SD3.shift(self.pipeline, SIZE, SIZE)
         split = split_captions(settings.rewarded)
         other = split_captions("relation" if settings.rewarded == "count" else "count")
         self.captions = split["train"]
         self.prompts = len(self.captions)
         self.watched = {"reward": split["held"], "train": split["train"], "unseen": split["unseen"],
                         "single": all_captions("single"), "other": other["train"] + other["held"]}
-        self.watched = {name: cycle(captions, settings.eval_images) for name, captions in self.watched.items()}
+        self.watched = {name: cycle(captions, settings.eval_images)
+                        for name, captions in self.watched.items()}
         self.cond = self.encode(self.captions)
-        negative = encode_prompts(self.pipeline, [""], LENGTH)
-        self.policy = SD3Policy(copy.deepcopy(self.pipeline.transformer), settings, negative, seed)
-        self.base = SD3Policy(self.pipeline.transformer, SD3Settings(guidance_scale=settings.guidance_scale), negative)
+        negative = encode_prompts(SD3, self.pipeline, [""], LENGTH)
+        trained = copy.deepcopy(self.pipeline.transformer)
+        self.policy = PipelinePolicy(SD3, trained, settings, negative, seed)
+        plain = PipelineSettings(guidance_scale=settings.guidance_scale)
+        self.base = PipelinePolicy(SD3, self.pipeline.transformer, plain, negative)
         self.base.requires_grad_(False)
-
-    @property
-    def coarse(self) -> bool:
-        "Whether the policy answers in half precision."
-        return self.policy.coarse
-
-    @property
-    def split_guidance(self) -> bool:
-        "Whether training guides otherwise than the rollout does."
-        return self.policy.split_guidance
-
-    def reference(self) -> nn.Module:
-        "The velocity as it is now, at the guidance of the trained steps."
-        return self.policy.reference()
 
     def encode(self, captions: list[Caption]) -> dict[str, Tensor]:
         "Captions as the transformer takes them."
-        return encode_prompts(self.pipeline, [str(caption) for caption in captions], LENGTH)
+        return encode_prompts(SD3, self.pipeline, [str(caption) for caption in captions], LENGTH)
 
     def conditions(self, prompts: Tensor) -> dict[str, Tensor]:
         "The encoded captions of prompts `(P,)`."
@@ -601,7 +591,8 @@ class ScenesTask(Task):
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(N, 8, 8, 8), (N,) -> (N,)` in [0, 1]: decoded, and checked against the captions."
-        strict, graded = verify(decode(self.pipeline, samples, 256), [self.captions[i] for i in prompts.tolist()])
+        captions = [self.captions[i] for i in prompts.tolist()]
+        strict, graded = verify(decode(self.pipeline, samples, 256), captions)
         return strict if self.settings.reward == "strict" else graded
 
     def sample(self, velocity: Velocity, captions: list[Caption],  # N of them
@@ -610,22 +601,23 @@ class ScenesTask(Task):
         return draw_images(self.pipeline, velocity, captions, self.settings.eval_steps, seed)
 
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
-        "Strict accuracy on captions held out (`reward`), trained, unseen, and of the kinds that are not rewarded."
+        "Strict accuracy on captions held out (`reward`), trained, unseen, and of kinds not rewarded."
         images = {name: self.sample(velocity, captions) for name, captions in self.watched.items()}
-        row = {name: verify(images[name], captions)[0].mean().item() for name, captions in self.watched.items()}
-        found = find(images["reward"])
-        return row | dict(radius=found.radius.mean().nan_to_num().item(), diversity=within(images["reward"], self.watched["reward"]))
+        row = {name: verify(images[name], captions)[0].mean().item()
+               for name, captions in self.watched.items()}
+        radius = find(images["reward"]).radius.mean().nan_to_num().item()
+        return row | dict(radius=radius, diversity=within(images["reward"], self.watched["reward"]))
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save a grid of held-out images of each policy, side by side."
         captions = self.watched["reward"][:32]
         def paint(axis: plt.Axes, velocity: Velocity) -> None:
-            axis.imshow(tile(self.sample(velocity, captions), 8).numpy())
+            axis.imshow(image_grid(self.sample(velocity, captions), 8))
             axis.set(xticks=[], yticks=[])
 
         draw_panels(policies, paint, path, (5, 3))
 
-    def save(self, velocity: SD3Policy, folder: str | Path) -> None:
+    def save(self, velocity: PipelinePolicy, folder: str | Path) -> None:
         "Write what a plain `StableDiffusion3Pipeline` opens."
         save_policy(velocity, self.pipeline, folder)
 

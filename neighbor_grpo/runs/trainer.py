@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'average_gradients', 'join_parts', 'put_together', 'split_as', 'flat_optimizer', 'load_optimizer',
            'flat_state', 'load_state', 'Snapshot', 'snapshot_of', 'trained_state', 'load_trained', 'run_config',
-           'Trainer', 'save_picture', 'plot_run', 'draw_panels']
+           'Trainer', 'save_picture', 'plot_run', 'image_grid', 'draw_panels']
 
 # %% ../../nbs/runs/trainer.ipynb #6d1d1d43
 import io
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import __version__
 from ..flow import Velocity, require
@@ -184,7 +185,7 @@ class Trainer(Run):
                  out: str | Path | None = None,  # run folder; None keeps everything in memory
                  resume: bool = False,  # continue the run in `out`
                  config: dict | None = None,  # more to remember in config.json
-                 split: Callable[[nn.Module], object] | None = None):  # splits a network over the processes, in place
+                 split: Callable[[list[nn.Module]], object] | None = None):  # splits a network's parts over the processes
         self.out, self.resume, self.split = Path(out) if out is not None else None, resume, split
         self.config = run_config(algorithm, settings, **(config or {}))
         self.stop_reason: str | None = None  # whoever sets it ends the run after its iteration
@@ -204,7 +205,7 @@ class Trainer(Run):
                 self.reference = load_or_train(self.out, "reference", self.task.reference(), lambda network: network)
             copies = [self.average.module if self.average else None, self.reference]  # made from the whole policy
             for network in [self.policy, *copies] if self.split else ():
-                if network and [*network.parameters()]: self.split(network)
+                if network and [*network.parameters()]: self.split(self.task.parts(network))
             self.make_optimizer()
             if self.out: self.restore()
 
@@ -318,6 +319,21 @@ def plot_run(
     axis.legend()
     if path is None: return
     save_picture(figure, path, bbox_inches="tight")
+
+# %% ../../nbs/runs/trainer.ipynb #1c370395
+def image_grid(
+    images: Tensor,  # (N, C, H, W), N >= 1
+    columns: int = 0,  # images in a row; 0: so many that the grid is nearly square
+    frame: float = 1.0,  # value around each image, and in places that stay empty
+) -> Tensor:  # (rows (H + 2), columns (W + 2), C), float32 on the CPU, for imshow
+    "All images as one, row by row, each in a frame."
+    require(len(images) >= 1, "images", tuple(images.shape), "at least one image")
+    require(columns >= 0, "columns", columns, "an integer >= 0")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    framed = F.pad(images.detach().float().cpu(), (1, 1, 1, 1), value=frame)
+    empty = framed.new_full((-len(images) % columns, *framed.shape[1:]), frame)
+    rows = torch.cat([framed, empty]).split(columns)
+    return torch.cat([torch.cat(list(row), 2) for row in rows], 1).permute(1, 2, 0)
 
 # %% ../../nbs/runs/trainer.ipynb #1d7f9636
 def draw_panels(
