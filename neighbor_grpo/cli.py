@@ -37,7 +37,7 @@ from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -60,8 +60,6 @@ from .runs.folder import (Checkpoints, new_folder, open_run, read_config, read_r
 from .runs.trainer import Trainer, load_trained, plot_run, run_config
 from .rollouts import Algorithm
 from .training import Task, TrainSettings
-
-if TYPE_CHECKING: from neighbor_grpo.lab.compare import Study, Variant  # imported where it is used
 
 # %% ../nbs/launch.ipynb #44594cb2
 class Entry(NamedTuple):
@@ -758,7 +756,7 @@ def read_variant(
     task: str,  # a key of TASKS
     line: str,  # [NAME:] ALGORITHM [--setting value ...]
     common: str = "",  # settings of all variants, which its own override
-) -> "tuple[Variant, object]":  # with the settings of the task
+) -> tuple:  # a `Variant`, and the settings of the task
     "One variant of a comparison, as a command line of `train` with a name."
     from neighbor_grpo.lab.compare import Variant
     name, colon, rest = line.rpartition(":")
@@ -827,7 +825,7 @@ def read_file(
 
 def read_study(
     argv: Sequence[str],  # [TASK] [--setting value ...]
-) -> "tuple[Study, Namespace]":  # and all values
+) -> tuple:  # a `Study`, and all values
     "What a command line of `compare` asks for; the rest stands in the file or in the folder."
     from neighbor_grpo.lab.compare import AXES, Study
     argv = [*argv[1:], "--task", argv[0]] if argv and not argv[0].startswith("-") else list(argv)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Standardize', 'Reward', 'Surrogate', 'take', 'for_each', 'Rollout', 'States', 'per_state', 'choose_steps',
-           'untrained_steps', 'everyone', 'check_types', 'check_settings', 'Watched', 'Algorithm', 'StepAlgorithm']
+           'untrained_steps', 'everyone', 'check_types', 'Watched', 'Algorithm', 'StepAlgorithm', 'check_settings']
 
 # %% ../nbs/rollouts.ipynb #d0f1f8b0
 import math
@@ -182,20 +182,6 @@ def check_types(
         elif hint is float or value is not None and hint == float | None:
             require(number and math.isfinite(value), name, value, "a finite number")
 
-
-def check_settings(
-    algorithm: "StepAlgorithm",
-    least: int,  # trained steps, at least
-    most: int,  # and at most
-) -> None:
-    "Refuse values of the settings that most algorithms have."
-    a = algorithm
-    check_types(a)
-    require(a.group_size >= 2, "group_size", a.group_size, "an integer >= 2")
-    time_grid(a.steps, 1.0 if a.shift is None else a.shift)  # raises on bad values
-    good = least <= a.trained_steps <= most
-    require(good, "trained_steps", a.trained_steps, f"an integer in [{least}, {most}]")
-
 # %% ../nbs/rollouts.ipynb #1649d336
 class Watched:
     "A velocity that remembers what it was last asked and what it answered."
@@ -320,3 +306,17 @@ class StepAlgorithm(Algorithm):
               log_prob: Tensor, old: Tensor) -> Tensor:
         "(M,): minus the mean log-ratio under the old policy, which is the divergence from it."
         raise NotImplementedError
+
+
+def check_settings(
+    algorithm: StepAlgorithm,
+    least: int,  # trained steps, at least
+    most: int,  # and at most
+) -> None:
+    "Refuse values of the settings that most algorithms have."
+    a = algorithm
+    check_types(a)
+    require(a.group_size >= 2, "group_size", a.group_size, "an integer >= 2")
+    time_grid(a.steps, 1.0 if a.shift is None else a.shift)  # raises on bad values
+    good = least <= a.trained_steps <= most
+    require(good, "trained_steps", a.trained_steps, f"an integer in [{least}, {most}]")

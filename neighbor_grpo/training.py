@@ -286,7 +286,7 @@ def forward_equivalents(
     return algorithm.nfe_old + 3 * trained + asked
 
 # %% ../nbs/training.ipynb #957a9c8d
-def penalties_of(settings: "TrainSettings") -> list[Penalty]:
+def penalties_of(settings: TrainSettings) -> list[Penalty]:
     "The penalties that the settings ask for."
     weights = {VelocityPenalty: settings.kl_weight, HoldPenalty: settings.hold_weight}
     return [kind(weight) for kind, weight in weights.items() if weight > 0]
@@ -295,7 +295,7 @@ def penalties_of(settings: "TrainSettings") -> list[Penalty]:
 def check_run(
     task: Task,
     algorithm: Algorithm,
-    settings: "TrainSettings",
+    settings: TrainSettings,
 ) -> None:
     "Refuse settings that do not go together."
     s, parts = settings, algorithm.together
@@ -441,7 +441,7 @@ class Update:
 
 
 def plan(
-    run: "Run",
+    run: Run,
     rollout: Rollout,
     generators: list,  # one for each group
 ) -> list[Update]:
@@ -466,7 +466,7 @@ def backward(loss: Tensor) -> None:
 
 
 def learn(
-    run: "Run",
+    run: Run,
     update: Update,
     advantages: Tensor,  # (P, G)
     stats: SurrogateStats,
@@ -489,7 +489,7 @@ def learn(
 
 
 def iterate(
-    run: "Run",
+    run: Run,
 ) -> dict:  # a row of metrics
     "One iteration: collect, credit, update."
     task, algorithm, s, begin = run.task, run.algorithm, run.settings, time.perf_counter()
@@ -515,7 +515,7 @@ def iterate(
 
 
 def metrics(
-    run: "Run",
+    run: Run,
     rewards: Tensor,  # (P, G[, R]) of these groups, as they were collected
     rollout: Rollout,
     updates: list[Update],
@@ -535,10 +535,10 @@ def train(
     task: Task,
     algorithm: Algorithm,
     settings: TrainSettings = TrainSettings(),
-    run: "Run | None" = None,  # one that goes on, or has a folder; None: a new one in memory
+    run: Run | None = None,  # one that goes on, or has a folder; None: a new one in memory
     progress: bool = True,  # show a progress bar
-    callback: "Callable[[Run], None] | None" = None,  # after each iteration
-) -> "Run":
+    callback: Callable[[Run], None] | None = None,  # after each iteration
+) -> Run:
     "Align a task's policy with an algorithm, to the last iteration."
     run = run or Run(task, algorithm, settings)
     s, start = run.settings, run.iteration

@@ -417,7 +417,7 @@ def write_results(
     if rows: plot_curves(rows, path=out / "curves.png")
 
 # %% ../../nbs/lab/compare.ipynb #6556a27f
-def follow(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     "End this process as soon as the one that started it has ended, however it ended."
     wait([parent])
     os._exit(1)
@@ -428,7 +428,7 @@ def alone(pipe: Connection, plugins: Sequence[Plugin], function: Callable,
     "What a process does: call the function; tell the parent its news, or what went wrong."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
     parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=follow, args=[parent], daemon=True).start()
+    threading.Thread(target=end_with_parent, args=[parent], daemon=True).start()
     torch.set_num_threads(1)
     try: function(pipe.send, *arguments)
     except Exception as e: pipe.send(f"{type(e).__name__}: {e}")

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -35,8 +34,6 @@ from .folder import (Checkpoints, append_row, first_alone, gather, hold_folder, 
                                        load_tensors, open_run, save_tensors_atomically, settled_rows, to_line,
                                        without_clock, world, write_atomically)
 from ..training import Run, Task, TrainSettings, train
-
-if TYPE_CHECKING: import matplotlib.pyplot as plt  # takes half a second: imported where it draws
 
 # %% ../../nbs/runs/trainer.ipynb #e76b2381
 def average_gradients(module: nn.Module) -> None:
@@ -290,7 +287,7 @@ class Trainer(Run):
 
 # %% ../../nbs/runs/trainer.ipynb #b0ac7d23
 def save_picture(
-    figure: "plt.Figure",  # is closed
+    figure: object,  # of matplotlib; is closed
     path: str | Path,  # of the picture
     **options: object,  # of matplotlib's `savefig`
 ) -> None:
@@ -338,7 +335,7 @@ def image_grid(
 # %% ../../nbs/runs/trainer.ipynb #1d7f9636
 def draw_panels(
     policies: dict[str, Velocity],  # by title
-    paint: "Callable[[plt.Axes, Velocity], None]",  # fills one panel
+    paint: Callable[[object, Velocity], None],  # fills one panel
     path: str | Path,  # of the picture
     size: tuple[float, float] = (4, 4),  # of a panel, in inches
 ) -> None:
