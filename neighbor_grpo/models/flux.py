@@ -8,9 +8,7 @@ __all__ = ['FLUX', 'pack_latents', 'unpack_latents', 'FluxFamily']
 # %% ../../nbs/models/flux.ipynb #71702940
 import math
 
-import diffusers  # noqa: F401 (so that `quiet` knows of it)
 import torch
-import transformers  # noqa: F401
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -6,8 +6,6 @@
 __all__ = ['SD3', 'SD3Family']
 
 # %% ../../nbs/models/sd3.ipynb #b392761c
-import diffusers  # noqa: F401 (so that `quiet` knows of it)
-import transformers  # noqa: F401
 from torch import Tensor
 
 from ..flow import require
