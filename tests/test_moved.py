@@ -16,6 +16,7 @@ LINES = {
     "from neighbor_grpo.algorithms import Rollout": "rollouts.Rollout",
     "import neighbor_grpo.algorithms as a; a.DanceGRPO": "rivals.gaussian.DanceGRPO",
     "from neighbor_grpo.algorithms import *; States": "rollouts.States",
+    "from neighbor_grpo.flow import VelocityMLP": "toyflows.VelocityMLP",
     "from neighbor_grpo.options import shape_advantages": "rivals.modifiers",
     "from neighbor_grpo.mixed import MixGRPO": "rivals.mixed",
     "from neighbor_grpo.forward import DiffusionNFT": "rivals.forward",
