@@ -29,6 +29,7 @@ WHOLE = {
 PARTS = {
     "algorithms": ("neighbor", "rollouts", "rivals.gaussian"),
     "distributed": ("runs.processes", "runs.tracking", "runs.machine"),
+    "flow": ("toyflows",),
     "rewards": ("rewards.programs", "rewards.remote", "rewards.judges", "runs.machine"),
     "rivals": ("rivals.catalogue", "rivals.trajectories", "neighbor", "rollouts", "rivals.gaussian", "rivals.mixed",
                "rivals.forward"),
