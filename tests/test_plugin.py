@@ -26,6 +26,7 @@ from neighbor_grpo.cli import TASKS, Entry
 from neighbor_grpo.flow import VelocityMLP
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rewards.judges import REWARDS, make_rewards
+from neighbor_grpo.rewards.programs import Reward
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.training import Task
 
@@ -40,7 +41,7 @@ class Stepped(NeighborGRPO):
         return super().advantages((rewards * self.levels).round(), *more)
 
 
-class Redness:
+class Redness(Reward):
     "How red an image is."
     def __call__(self, images, prompts):
         return images[:, 0].flatten(1).mean(1) - images[:, 2].flatten(1).mean(1)
