@@ -20,7 +20,8 @@ from .leaping import leaping_entropy, leaping_log_probs
 from .neighbors import neighbor_noise
 from .reweighting import quasi_norm
 from .rollouts import (Reward, Rollout, Standardize, States, StepAlgorithm, Surrogate,
-                                    check_settings, choose_steps, for_each, per_state, untrained_steps)
+                                    check_settings, choose_steps, for_each, per_state,
+                                    untrained_steps)
 from .solvers import euler_step, solve, step_response
 
 # %% ../nbs/neighbor.ipynb #6ef938a2

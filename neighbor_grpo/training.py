@@ -68,7 +68,8 @@ class Task:
         return copy.deepcopy(self.policy)
 
     def parts(self, network: nn.Module) -> list[nn.Module]:
-        "What processes split one after the other of the policy or a copy of it; the last one holds all weights."
+        """What processes split one after the other of the policy or a copy of it; the last one
+        holds all weights."""
         return [network]
 
     def draw(self, policies: dict[str, Velocity], path: Path) -> None:

@@ -83,7 +83,8 @@ def write_synced(
     path: Path,
     content: bytes,
 ) -> None:
-    "Write a new file, and wait until its bytes are on the disk. A link under this name is replaced."
+    """Write a new file, and wait until its bytes are on the disk. A link under this name is
+    replaced."""
     path.unlink(missing_ok=True)
     with open(path, "xb") as f:
         f.write(content)
@@ -106,7 +107,8 @@ def save_tensors(
     path: Path,  # of the new file
     tensors: dict[str, Tensor],
 ) -> None:
-    "Write tensors, and wait until they are on the disk; the file gets the rights that the umask says."
+    """Write tensors, and wait until they are on the disk; the file gets the rights that the umask
+    says."""
     path.unlink(missing_ok=True)
     with open(path, "xb") as f: rights = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
@@ -137,7 +139,8 @@ def to_line(
     row: dict,  # figures by name
 ) -> str:
     "One row as a line of JSON; what is not finite becomes null."
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+              for k, v in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
@@ -166,11 +169,15 @@ def parse_row(
 def read_rows(
     path: Path,  # of a `.jsonl` file, which may be missing
 ) -> list[dict]:
-    "The rows of a file. A last line without its end is left out if it is no row; other damage is refused."
+    """The rows of a file. A last line without its end is left out if it is no row; other damage is
+    refused."""
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     rows = [parse_row(line) for line in lines]
     if rows[-1] is None: rows.pop()
-    if None in rows: raise ValueError(f"{path}, line {rows.index(None) + 1}, is damaged: it is not a JSON object")
+    if None in rows:
+        raise ValueError(
+            f"{path}, line {rows.index(None) + 1}, is damaged: it is not a JSON object"
+        )
     return [row for row in rows if row is not None]
 
 # %% ../../nbs/runs/folder.ipynb #00000014
@@ -278,7 +285,8 @@ class Checkpoints:
         else:
             make_folder(partial)
             for name, group in tensors.items(): save_tensors(partial / f"{name}.safetensors", group)
-            files = {f"{name}.safetensors": checksum(partial / f"{name}.safetensors") for name in tensors}
+            files = {f"{name}.safetensors": checksum(partial / f"{name}.safetensors")
+                     for name in tensors}
             if self.networks is None:
                 beside = sorted(self.folder.parent.glob("*.safetensors"))
                 self.networks = {path.name: checksum(path) for path in beside}
@@ -299,7 +307,8 @@ class Checkpoints:
     def drop(self) -> None:
         "Remove all but the newest. What is in use is tried again at the next checkpoint."
         for number in self.numbers()[:-self.keep]:
-            with suppress(OSError): os.replace(self.folder_of(number), self.folder / f".old-{number:06d}")
+            with suppress(OSError):
+                os.replace(self.folder_of(number), self.folder / f".old-{number:06d}")
         for leftover in self.folder.glob(".old*"): shutil.rmtree(leftover, ignore_errors=True)
 
     def read(self, number: int) -> dict:
@@ -309,7 +318,8 @@ class Checkpoints:
         if content == old:
             warnings.warn(f"{path} is of an earlier version, without checksums", stacklevel=2)
             return dict(iteration=number, state=old, files={}, networks={})
-        require(content["iteration"] == number, str(path), content["iteration"], f"of iteration {number}")
+        require(content["iteration"] == number, str(path), content["iteration"],
+                f"of iteration {number}")
         for name, expected in content["files"].items(): check_file(path.with_name(name), expected)
         return content
 
@@ -321,11 +331,14 @@ class Checkpoints:
             good = next((n for n in reversed(earlier) if self.is_good(n)), None)
             advice = "there is no good one before it" if good is None else \
                 f"remove {self.folder_of(number)} to go on from iteration {good}"
-            raise ValueError(f"checkpoint {self.folder_of(number)} cannot be used: {e}; {advice}") from e
+            raise ValueError(
+                f"checkpoint {self.folder_of(number)} cannot be used: {e}; {advice}"
+            ) from e
         for name, expected in content["networks"].items():
             try: check_file(self.folder.parent / name, expected)
             except ValueError as e:
-                text = f"{e}; checkpoint {self.folder_of(number)} relies on it: put it back from a copy"
+                where = self.folder_of(number)
+                text = f"{e}; checkpoint {where} relies on it: put it back from a copy"
                 raise ValueError(text) from e
         return content
 
@@ -336,7 +349,8 @@ class Checkpoints:
 
     def load(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
         "Tensors and state of the newest checkpoint."
-        require(bool(self.numbers()), "folder", str(self.folder), "a folder with a numbered checkpoint")
+        require(bool(self.numbers()), "folder", str(self.folder),
+                "a folder with a numbered checkpoint")
         content = self.newest()
         self.networks = content["networks"] or None
         files = [self.folder_of(content["iteration"]) / name for name in content["files"]]
@@ -359,13 +373,16 @@ def settled_rows(
     "The rows up to a checkpoint. The checkpoint knows all of them; the file adds their seconds."
     if saved is None: return earlier_rows(path, last)
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    there = [row for line in lines if (row := parse_row(line)) and type(row.get("iteration")) is int]
+    there = [row for line in lines
+             if (row := parse_row(line)) and type(row.get("iteration")) is int]
     found = {row["iteration"]: row for row in there}
     rows = [found.get(row["iteration"], {}) for row in saved]
     wrong = [i for i, row in enumerate(saved) if without_clock(rows[i]) != row]
     for i in wrong: rows[i] = saved[i]
     if wrong:
-        text = f"{path} is damaged: {len(wrong)} of {len(rows)} rows come from checkpoint {last:06d}"
+        text = (
+            f"{path} is damaged: {len(wrong)} of {len(rows)} rows come from checkpoint {last:06d}"
+        )
         warnings.warn(text, stacklevel=2)
     return rows
 
@@ -396,7 +413,8 @@ def load_or_train(
         network = train(network)
         if path and world()[0] == 0:
             save_tensors_atomically(path, network.state_dict())
-            path.with_name(f".{name}.progress").unlink(missing_ok=True)  # of a training that was killed
+            # of a training that was killed
+            path.with_name(f".{name}.progress").unlink(missing_ok=True)
     return network.requires_grad_(False).eval()
 
 # %% ../../nbs/runs/folder.ipynb #0000002a
@@ -426,8 +444,9 @@ def read_config(
     return read_sealed(path, known=is_config)
 
 
-# What may change on resume: another place of the same files, whose content the task compares, and another machine.
-MAY_CHANGE = ("iterations", "keep", "versions", "source", "prompts", "held_out", "device", "min_memory", "plugins")
+# What may change on resume: another place of the same files, and another machine.
+MAY_CHANGE = ("iterations", "keep", "versions", "source", "prompts", "held_out", "device",
+              "min_memory", "plugins")
 
 def check_config(
     old: dict,  # of the run folder
@@ -486,4 +505,5 @@ def new_folder(
             path.mkdir()
             sync_folder(path.parent)
             return path
-        except FileExistsError: path, number = wish.with_name(f"{wish.name}-{number + 1}"), number + 1
+        except FileExistsError:
+            path, number = wish.with_name(f"{wish.name}-{number + 1}"), number + 1

@@ -20,7 +20,8 @@ import torch
 # %% ../../nbs/runs/machine.ipynb #3d499123
 @contextmanager
 def quiet() -> Iterator[None]:
-    "No progress bars of diffusers and transformers, and of their messages only the errors; then as before."
+    """No progress bars of diffusers and transformers, and of their messages only the errors; then
+    as before."""
     loaded = [sys.modules[name] for name in ("diffusers", "transformers") if name in sys.modules]
     logs = [library.utils.logging for library in loaded]
     with_bars = [log for log in logs if log.is_progress_bar_enabled()]
@@ -80,15 +81,33 @@ def choose_device(
     return device
 
 # %% ../../nbs/runs/machine.ipynb #97e2b983
-FOLDERS = ("model", "models", "checkpoint", "checkpoints", "weights", "pretrained", "run", "runs", "output",
-           "outputs", "results", "data", "datasets", "home", "tmp", "judges", "rewards")  # where people keep things
+FOLDERS = (
+    "model",
+    "models",
+    "checkpoint",
+    "checkpoints",
+    "weights",
+    "pretrained",
+    "run",
+    "runs",
+    "output",
+    "outputs",
+    "results",
+    "data",
+    "datasets",
+    "home",
+    "tmp",
+    "judges",
+    "rewards",
+)  # where people keep things
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".yaml", ".zip")
 
 
 def is_path(
     source: str | Path,  # a file, a folder, or a name on the hub
 ) -> bool:  # False: only the hub can have it
-    "Whether a source is a file or folder of this machine, there or missing, and not a name on the hub."
+    """Whether a source is a file or folder of this machine, there or missing, and not a name on the
+    hub."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) or Path(source).exists(): return True
     first = str(source).split("/")[0]
     known = bool(difflib.get_close_matches(first.lower(), FOLDERS, cutoff=0.8))

@@ -46,9 +46,11 @@ def load_plugin(
     require(path.is_file() and path.suffix == ".py", "--plugin", str(path), "a Python file")
     content = path.read_bytes()
     plugin = Plugin(str(path), hashlib.sha256(content).hexdigest())
-    require(sha256 in (None, plugin.sha256), "--plugin", str(path), "as it was: its content has changed")
+    require(sha256 in (None, plugin.sha256), "--plugin", str(path),
+            "as it was: its content has changed")
     there = LOADED.get(path.name, plugin)
-    require(there == plugin, "--plugin", str(path), f"the same as {there.path}, which is loaded already")
+    require(there == plugin, "--plugin", str(path),
+            f"the same as {there.path}, which is loaded already")
     if path.name not in LOADED: run_file(path, content)
     return LOADED.setdefault(path.name, plugin)
 
@@ -59,7 +61,8 @@ def run_file(
 ) -> None:
     "Run the file as a module."
     name = "neighbor_grpo_plugin_" + re.sub(r"\W", "_", path.stem)
-    require(name not in sys.modules, "--plugin", str(path), "a file with a name unlike that of another plugin")
+    require(name not in sys.modules, "--plugin", str(path),
+            "a file with a name unlike that of another plugin")
     loader = SourceFileLoader(name, str(path))
     module = ModuleType(name)
     module.__file__ = str(path)  # where help texts look for docstrings
@@ -118,5 +121,7 @@ def load_installed() -> list[str]:  # their names
         try: point.load()
         except Exception as e:
             why = f"{type(e).__name__}: {e}"
-            raise ValueError(f"plugin {point.name} ({point.value}) cannot be imported: {why}") from e
+            raise ValueError(
+                f"plugin {point.name} ({point.value}) cannot be imported: {why}"
+            ) from e
     return [point.name for point in points]

@@ -25,24 +25,28 @@ from .machine import find_accelerator, switched_on
 from .tracking import tracker_names
 
 # %% ../../nbs/runs/processes.ipynb #5d5ea8fa
-LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")  # what a launcher tells
+# what a launcher tells
+LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 OFF = ("", "0", "false", "no", "none")
 BLOCKS = ("", "jointtransformerblock", "fluxtransformerblock", "fluxsingletransformerblock")
-CHECKED = {  # variables of `accelerate launch`: the values that hold here, and what to do about others
-    "ACCELERATE_MIXED_PRECISION": (OFF, "'no': a pipeline's networks have the precision they are opened with"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "1: use the settings groups and micro_batch"),
+CHECKED = {  # variables of `accelerate launch`: the values that hold here, what to do about others
+    "ACCELERATE_MIXED_PRECISION": (OFF, "'no': networks keep the precision they are opened with"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "1: use groups and micro_batch"),
     "ACCELERATE_GRADIENT_CLIPPING": (OFF, "unset: use the setting max_grad_norm"),
     "ACCELERATE_DYNAMO_BACKEND": (OFF, "'no': use the setting compile"),
     "ACCELERATE_TORCH_DEVICE": (OFF, "unset: use the setting device"),
     "ACCELERATE_DEBUG_MODE": (OFF, "false: it checks exchanges that no run makes"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (OFF, "false: processes share out groups, and weights by FSDP"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (
+        OFF,
+        "false: processes share groups, and weights by FSDP",
+    ),
     "ACCELERATE_USE_SAGEMAKER": (OFF, "false"),
     "FSDP_VERSION": (("2",), "2"),
     "FSDP_OFFLOAD_PARAMS": (OFF, "false"),
     "FSDP_SHARDING_STRATEGY": (("", "1", "full_shard"), "FULL_SHARD"),
     "FSDP_RESHARD_AFTER_FORWARD": (("", "true", "full_shard"), "true"),
     "FSDP_AUTO_WRAP_POLICY": (("", "transformer_based_wrap"), "TRANSFORMER_BASED_WRAP"),
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": (BLOCKS, "among the blocks of SD3 and FLUX, all of which are split"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (BLOCKS, "among the blocks of SD3 and FLUX, all split"),
     "FSDP_IGNORED_MODULES": (OFF, "unset: all of a policy is split"),
     "FSDP_BACKWARD_PREFETCH": (("", "backward_pre"), "BACKWARD_PRE"),
     "FSDP_FORWARD_PREFETCH": (OFF, "false"),
@@ -55,8 +59,12 @@ CHECKED = {  # variables of `accelerate launch`: the values that hold here, and 
 def check_environment() -> None:
     "Refuse what would be ignored or could not be resumed."
     for name, what in dict(DEEPSPEED="DeepSpeed", MEGATRON_LM="Megatron-LM").items():
-        require(not switched_on(f"ACCELERATE_USE_{name}"), "accelerate's distributed_type", what,
-                "MULTI_GPU, MULTI_CPU, or FSDP with fsdp_version: 2, which splits what ZeRO-3 splits")
+        require(
+            not switched_on(f"ACCELERATE_USE_{name}"),
+            "accelerate's distributed_type",
+            what,
+            "MULTI_GPU, MULTI_CPU, or FSDP with fsdp_version: 2, which splits what ZeRO-3 splits",
+        )
     split = switched_on("ACCELERATE_USE_FSDP")
     for name, (good, allowed) in CHECKED.items():
         value = os.environ.get(name, "1" if name == "FSDP_VERSION" else "")
@@ -70,24 +78,32 @@ def check_world(
 ) -> None:
     "Refuse to train in fewer processes than were asked for."
     expected = os.environ.get("WORLD_SIZE") or "1"
-    require(str(processes) == expected, "processes", processes, f"{expected}, as WORLD_SIZE announces, started "
-            "by a launcher (unset WORLD_SIZE and MASTER_ADDR where they are left over)")
+    require(
+        str(processes) == expected,
+        "processes",
+        processes,
+        f"{expected}, as WORLD_SIZE announces, started "
+        "by a launcher (unset WORLD_SIZE and MASTER_ADDR where they are left over)",
+    )
     by_accelerate = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
     alone = processes == 1 and by_accelerate and "WORLD_SIZE" not in os.environ
     require(not alone, "processes", "1, although MASTER_ADDR announces more",
-            "started by `python -m torch.distributed.run`, or `ACCELERATE_USE_CPU=true accelerate launch "
+            "started by `python -m torch.distributed.run`, or `ACCELERATE_USE_CPU=true accelerate "
+            "launch "
             "--multi_gpu`: `accelerate launch --cpu` starts one whatever --num_processes says")
 
 # %% ../../nbs/runs/processes.ipynb #076c491b
 def end_with_launcher(
     every: float = 0.5,  # seconds between two looks
 ) -> None:
-    "End this process when the launcher that started it is gone: a resumed run would meet it in its folder."
+    """End this process when the launcher that started it is gone: a resumed run would meet it in
+    its folder."""
     launcher = os.getppid()
 
     def watch():
         while os.getppid() == launcher: time.sleep(every)
-        with suppress(OSError): os.write(2, b"neighbor-grpo: the launcher has ended, and so does this process\n")
+        with suppress(OSError):
+            os.write(2, b"neighbor-grpo: the launcher has ended, and so does this process\n")
         os._exit(1)  # at once, even from within an exchange with another process
 
     threading.Thread(target=watch, name="end_with_launcher", daemon=True).start()
@@ -98,7 +114,8 @@ def make_accelerator(
     trackers: str = "",  # of TRACKERS, separated by commas
     cpu: bool = False,  # even where there is a GPU
 ) -> Accelerator:
-    "Join the processes that were launched, and prepare the trackers, which write into the run folder."
+    """Join the processes that were launched, and prepare the trackers, which write into the run
+    folder."""
     names, logs = tracker_names(trackers), (Path(out) / "logs").absolute()
     check_environment()
     if os.environ.get("WORLD_SIZE", "1") != "1": end_with_launcher()
@@ -119,12 +136,14 @@ def shard(
     parts: list[nn.Module],  # of a network, as `Task.parts` says, the whole last; changed in place
     mesh: DeviceMesh,  # one-dimensional, of all processes
 ) -> None:
-    "Split weights, gradients and so the optimizer's state over the processes, part by part (FSDP2)."
+    """Split weights, gradients and so the optimizer's state over the processes, part by part
+    (FSDP2)."""
     for part in parts: fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
 def splitter(accelerator: Accelerator) -> Callable[[list[nn.Module]], None] | None:
-    "What `Trainer` takes as `split`: `shard` where accelerate's configuration says FSDP, and None elsewhere."
+    """What `Trainer` takes as `split`: `shard` where accelerate's configuration says FSDP, and None
+    elsewhere."""
     if not switched_on("ACCELERATE_USE_FSDP") or accelerator.num_processes == 1: return None
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     return partial(shard, mesh=mesh)

@@ -30,9 +30,11 @@ def tracker_names(
     "The trackers that were asked for, all known and installed."
     names = [name.strip() for name in trackers.split(",") if name.strip()]
     for name in names:
-        require(name in TRACKERS, "trackers", name, f"some of {', '.join(TRACKERS)}, separated by commas")
+        require(name in TRACKERS, "trackers", name,
+                f"some of {', '.join(TRACKERS)}, separated by commas")
         spec = find_spec(name)
-        package = spec is not None and spec.origin is not None  # a folder of that name is a namespace
+        # a folder of that name is a namespace
+        package = spec is not None and spec.origin is not None
         require(package, "trackers", name, f"installed: pip install {name}")
     return names
 
@@ -45,7 +47,10 @@ def flattened(
     flat = {}
     for name, value in config.items():
         if isinstance(value, dict): flat |= flattened(value, f"{prefix}{name}/")
-        else: flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+        else:
+            flat[prefix + name] = (
+                value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+            )
     return flat
 
 # %% ../../nbs/runs/tracking.ipynb #a10e0a48
@@ -56,24 +61,38 @@ class Tracking:
                  project: str = "neighbor_grpo"):  # what the trackers file it under
         require(trainer.out is not None, "trainer.out", None, "a run folder")
         self.accelerator, self.note = accelerator, Path(accelerator.project_dir) / "tracking.json"
-        note = json.loads(self.note.read_text()) if self.note.exists() else dict(id=uuid.uuid4().hex[:8], iteration=-1)
+        note = (
+            json.loads(self.note.read_text())
+            if self.note.exists()
+            else dict(id=uuid.uuid4().hex[:8], iteration=-1)
+        )
         self.id, self.last = (gather(note)[0][key] for key in ("id", "iteration"))
         name = f"{trainer.out.absolute().name}-{self.id}"
-        start = dict(wandb=dict(id=self.id, name=name, resume="allow"), trackio=dict(name=name, resume="allow"))
+        start = dict(wandb=dict(id=self.id, name=name, resume="allow"),
+                     trackio=dict(name=name, resume="allow"))
         self.note.parent.mkdir(parents=True, exist_ok=True)
         accelerator.init_trackers(project, flattened(read_config(trainer.out)), start)
-        knows = {"wandb": "step", "trackio": "_next_step"}  # how far these came: a kill may have taken something along
-        self.logged = {tracker.name: getattr(tracker.tracker, knows.get(tracker.name, ""), self.last + 1) - 1
-                       for tracker in accelerator.trackers}
+        # how far these came: a kill may have taken something along
+        knows = {"wandb": "step", "trackio": "_next_step"}
+        self.logged = {
+            tracker.name: getattr(tracker.tracker, knows.get(tracker.name, ""), self.last + 1) - 1
+            for tracker in accelerator.trackers
+        }
         self.grids = self.draw(trainer) if trainer.iteration == 0 and self.last < 0 else {}
 
     def __call__(self, trainer: Trainer) -> None:
         "Log every row that is new, and images where there was an evaluation."
-        if trainer.evals[-1]["iteration"] == trainer.iteration > self.last: self.grids |= self.draw(trainer)
+        if trainer.evals[-1]["iteration"] == trainer.iteration > self.last:
+            self.grids |= self.draw(trainer)
         self.last, values = max(self.last, trainer.iteration), {}
         for prefix, rows in (("", trainer.rows), ("held_out/", trainer.evals)):
-            for row in (row for row in rows if row["iteration"] > min(self.logged.values(), default=self.last)):
-                named = {prefix + key: value for key, value in row.items() if key != "iteration" and value is not None}
+            for row in (
+                row
+                for row in rows
+                if row["iteration"] > min(self.logged.values(), default=self.last)
+            ):
+                named = {prefix + key: value for key, value in row.items()
+                         if key != "iteration" and value is not None}
                 values.setdefault(row["iteration"], {}).update(named)
         for tracker in self.accelerator.trackers:
             for step in sorted(step for step in values if step > self.logged[tracker.name]):
@@ -81,7 +100,8 @@ class Tracking:
                 if step in self.grids: self.show(tracker, self.grids[step], step)
             self.logged[tracker.name] = max(self.logged[tracker.name], self.last)
         self.grids = {}
-        if world()[0] == 0: write_atomically(self.note, json.dumps(dict(id=self.id, iteration=self.last)))
+        if world()[0] == 0:
+            write_atomically(self.note, json.dumps(dict(id=self.id, iteration=self.last)))
 
     def draw(self, trainer: Trainer) -> dict[int, np.ndarray]:
         "The task's images. Every process draws them, since their weights may be split."
@@ -92,8 +112,10 @@ class Tracking:
     def show(self, tracker: GeneralTracker, grid: np.ndarray, step: int) -> None:
         "Each tracker has its own way of taking an image."
         key = "held_out/images"
-        if tracker.name == "trackio": tracker.log({key: importlib.import_module("trackio").Image(grid)}, step=step)
-        elif tracker.name == "tensorboard": tracker.log_images({key: grid[None]}, step=step, dataformats="NHWC")
+        if tracker.name == "trackio":
+            tracker.log({key: importlib.import_module("trackio").Image(grid)}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({key: grid[None]}, step=step, dataformats="NHWC")
         else: tracker.log_images({key: [grid]}, step=step)
 
     def __enter__(self) -> "Tracking": return self

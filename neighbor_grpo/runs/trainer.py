@@ -30,8 +30,9 @@ from ..flow import Velocity, require
 from ..rivals.catalogue import modifiers_of
 from ..rivals.modifiers import base
 from ..rollouts import Algorithm
-from .folder import (Checkpoints, append_row, first_alone, gather, hold_folder, load_or_train,
-                                       load_tensors, open_run, save_tensors_atomically, settled_rows, to_line,
+from .folder import (Checkpoints, append_row, first_alone, gather, hold_folder,
+                                       load_or_train, load_tensors, open_run,
+                                       save_tensors_atomically, settled_rows, to_line,
                                        without_clock, world, write_atomically)
 from ..training import Run, Task, TrainSettings, train
 
@@ -65,7 +66,8 @@ def split_as(tensor: Tensor, like: Tensor) -> Tensor:
 # %% ../../nbs/runs/trainer.ipynb #0a9005ed
 def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "The optimiser's state as named tensors, for safetensors."
-    return {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+    return {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -75,18 +77,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
     for key, value in tensors.items():
         i, name = key.split(".", 1)
         state.setdefault(int(i), {})[name] = split_as(value, weights[int(i)])
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 # %% ../../nbs/runs/trainer.ipynb #ac67a951
 def flat_state(
-    parts: dict,  # modules, an optimizer, a one-cycle schedule, generators, lists of numbers, by name
+    parts: dict,  # by name: modules, optimizer, schedule, generators, lists of numbers
 ) -> dict[str, Tensor]:
     "The state of a training as named tensors."
     tensors = {}
     for name, part in parts.items():
         if isinstance(part, torch.Generator): state = {"": part.get_state()}
         elif isinstance(part, (list, deque)): state = {"": torch.tensor(part, dtype=torch.float64)}
-        elif isinstance(part, nn.Module): state = {k: v.clone() for k, v in part.state_dict().items()}  # tied ones apart
+        elif isinstance(part, nn.Module):
+            state = {k: v.clone() for k, v in part.state_dict().items()}  # tied ones apart
         elif isinstance(part, torch.optim.Optimizer): state = flat_optimizer(part)
         else: state = {"": torch.tensor(part.last_epoch)}
         tensors |= {f"{name}/{key}": value for key, value in state.items()}
@@ -99,13 +104,16 @@ def load_state(
 ) -> None:
     "The inverse of `flat_state`."
     for name, part in parts.items():
-        state = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
+        state = {key.removeprefix(f"{name}/"): v for key, v in tensors.items()
+                 if key.startswith(f"{name}/")}
         if isinstance(part, torch.Generator): part.set_state(state[""])
         elif isinstance(part, (list, deque)): part.extend(state[""].tolist())
         elif isinstance(part, nn.Module): part.load_state_dict(state)
         elif isinstance(part, torch.optim.Optimizer): load_optimizer(part, state)
         else:  # its last step sets the optimizer's rate and momentum
-            part.load_state_dict(dict(last_epoch=state[""].item() - 1, _step_count=state[""].item() + 1))
+            part.load_state_dict(
+                dict(last_epoch=state[""].item() - 1, _step_count=state[""].item() + 1)
+            )
             part.step()
 
 
@@ -126,7 +134,8 @@ class Snapshot:
             load_state(parts | self.more_parts, tensors)
             return int(tensors["done"])
         except (SafetensorError, KeyError, RuntimeError, ValueError) as e:
-            text = f"{self.path} is damaged: {' '.join(str(e).split())}; remove it to train from the start"
+            found = " ".join(str(e).split())
+            text = f"{self.path} is damaged: {found}; remove it to train from the start"
             raise ValueError(text) from e
 
     def save(self, done: int, now: bool = False, **parts: object) -> None:
@@ -158,8 +167,11 @@ def trained_state(
 def load_trained(network: nn.Module, state: dict[str, Tensor]) -> None:
     "The inverse of `trained_state`; the weights that are not trained stay as they are."
     mine = trained_state(network)
-    require(state.keys() == mine.keys(), "state", sorted(state.keys() ^ mine.keys())[:3], f"with the {len(mine)} trained weights alone")
-    network.load_state_dict(network.state_dict() | {name: split_as(value, mine[name]) for name, value in state.items()})
+    require(state.keys() == mine.keys(), "state", sorted(state.keys() ^ mine.keys())[:3],
+            f"with the {len(mine)} trained weights alone")
+    network.load_state_dict(
+        network.state_dict() | {name: split_as(value, mine[name]) for name, value in state.items()}
+    )
 
 # %% ../../nbs/runs/trainer.ipynb #a5a5d13f
 def run_config(
@@ -168,9 +180,11 @@ def run_config(
     **more: object,  # what else it takes to repeat the run: the task and its settings
 ) -> dict:
     "Everything needed to repeat a run, as it stands in `config.json`."
-    versions, own = dict(neighbor_grpo=__version__, torch=torch.__version__, python=platform.python_version()), base(algorithm)
-    config = dict(**more, algorithm_name=type(own).__name__, algorithm=asdict(own), modifiers=modifiers_of(algorithm),
-                  training=asdict(settings), versions=versions)
+    versions = dict(neighbor_grpo=__version__, torch=torch.__version__)
+    versions["python"] = platform.python_version()
+    own = base(algorithm)
+    config = dict(**more, algorithm_name=type(own).__name__, algorithm=asdict(own),
+                  modifiers=modifiers_of(algorithm), training=asdict(settings), versions=versions)
     return json.loads(json.dumps(config))
 
 # %% ../../nbs/runs/trainer.ipynb #b5ed8ec7
@@ -182,7 +196,7 @@ class Trainer(Run):
                  out: str | Path | None = None,  # run folder; None keeps everything in memory
                  resume: bool = False,  # continue the run in `out`
                  config: dict | None = None,  # more to remember in config.json
-                 split: Callable[[list[nn.Module]], object] | None = None):  # splits a network's parts over the processes
+                 split: Callable[[list[nn.Module]], object] | None = None):  # over the processes
         self.out, self.resume, self.split = Path(out) if out is not None else None, resume, split
         self.config = run_config(algorithm, settings, **(config or {}))
         self.stop_reason: str | None = None  # whoever sets it ends the run after its iteration
@@ -198,9 +212,13 @@ class Trainer(Run):
         self.groups = self.groups[self.rank * s.groups // size:][:s.groups // size]
         with open_run(self.out, self.config, self.resume) if self.out else nullcontext():
             if self.out: self.checkpoints = Checkpoints(self.out / "checkpoints", s.keep)
-            if self.penalties:  # from the run folder on resume: the task's policy may have moved since
-                self.reference = load_or_train(self.out, "reference", self.task.reference(), lambda network: network)
-            copies = [self.average.module if self.average else None, self.reference]  # made from the whole policy
+            if (
+                self.penalties
+            ):  # from the run folder on resume: the task's policy may have moved since
+                self.reference = load_or_train(self.out, "reference", self.task.reference(),
+                                               lambda network: network)
+            # made from the whole policy
+            copies = [self.average.module if self.average else None, self.reference]
             for network in [self.policy, *copies] if self.split else ():
                 if network and [*network.parameters()]: self.split(self.task.parts(network))
             self.make_optimizer()
@@ -243,13 +261,17 @@ class Trainer(Run):
         tensors = dict(policy=trained_state(self.policy), optimizer=flat_optimizer(self.optimizer))
         if self.average: tensors["ema"] = trained_state(self.average.module)
         if self.memory: tensors["memory"] = self.memory
-        tensors = {file: {name: put_together(value) for name, value in group.items()} for file, group in tensors.items()}
+        tensors = {file: {name: put_together(value) for name, value in group.items()}
+                   for file, group in tensors.items()}
         done = {file: [without_clock(row) for row in rows if row["iteration"] <= self.iteration]
                 for file, rows in zip(ROWS, (self.rows, self.evals))}
-        if self.rank == 0: self.checkpoints.save(self.iteration, tensors, dict(iteration=self.iteration, rows=done))
+        if self.rank == 0:
+            self.checkpoints.save(self.iteration, tensors,
+                                  dict(iteration=self.iteration, rows=done))
 
     def restore(self) -> None:
-        "Go back to the newest checkpoint, or to the start; rows that came after it are dropped, and made again."
+        """Go back to the newest checkpoint, or to the start; rows that came after it are dropped,
+        and made again."""
         last, saved = -1, dict.fromkeys(ROWS, [])
         if self.checkpoints.numbers():
             tensors, state = self.checkpoints.load()
@@ -262,7 +284,8 @@ class Trainer(Run):
                 self.iteration = last = state["iteration"]
             except (KeyError, ValueError, RuntimeError) as e:
                 newest = self.checkpoints.folder / f"{self.checkpoints.numbers()[-1]:06d}"
-                raise ValueError(f"checkpoint {newest} does not fit this run: {e}; remove it to use the one before") from e
+                text = f"checkpoint {newest} does not fit this run: {e}"
+                raise ValueError(f"{text}; remove it to use the one before") from e
         for file, rows in zip(ROWS, (self.rows, self.evals)):
             rows[:] = settled_rows(self.out / file, last, saved.get(file))
         gather("read")  # before anything is written
@@ -273,16 +296,18 @@ class Trainer(Run):
     def check_untouched(self) -> None:
         "Refuse to go on if another process has worked in the run folder since this one looked."
         same = self.bytes_seen == self.count_bytes()
-        require(same, "out", str(self.out), "as this trainer left it; make a new one with resume=True")
+        require(same, "out", str(self.out),
+                "as this trainer left it; make a new one with resume=True")
 
     def run(self, progress: bool = True,  # show a progress bar
-            callback: "Callable[[Trainer], None] | None" = None) -> "Trainer":  # after each iteration
+            callback: Callable[[Run], None] | None = None) -> Run:  # called after each iteration
         "Train to the last iteration."
         with hold_folder(self.out):
             first_alone(self.check_untouched)
             try: return train(self.task, self.algorithm, self.settings, self, progress, callback)
             except BaseException:
-                if not self.moved and not self.split: self.save()  # the others may not come to put weights together
+                if not self.moved and not self.split:
+                    self.save()  # the others may not come to put weights together
                 raise
 
 # %% ../../nbs/runs/trainer.ipynb #b0ac7d23
@@ -304,10 +329,12 @@ def plot_run(
     evals: list[dict],  # of eval.jsonl
     path: str | Path | None = None,  # of the picture; None: leave the figure open
 ) -> None:
-    "Reward over the iterations: the training groups with their spread, and the held-out evaluations."
+    """Reward over the iterations: the training groups with their spread, and the held-out
+    evaluations."""
     import matplotlib.pyplot as plt
     figure, axis = plt.subplots(figsize=(7, 4))
-    at, mean, spread = (torch.tensor([row[key] for row in rows]) for key in ("iteration", "reward_mean", "reward_std"))
+    at, mean, spread = (torch.tensor([row[key] for row in rows])
+                        for key in ("iteration", "reward_mean", "reward_std"))
     axis.plot(at, mean, lw=1, label="training groups")
     axis.fill_between(at, mean - spread, mean + spread, alpha=0.2, label="spread within a group")
     held_out = [math.nan if e["reward"] is None else e["reward"] for e in evals]
@@ -341,7 +368,8 @@ def draw_panels(
 ) -> None:
     "Save one panel for each policy, side by side."
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(policies), figsize=(size[0] * len(policies), size[1]), squeeze=False)
+    figure, axes = plt.subplots(1, len(policies), figsize=(size[0] * len(policies), size[1]),
+                                squeeze=False)
     for axis, (title, velocity) in zip(axes[0], policies.items()):
         paint(axis, velocity)
         axis.set_title(title)

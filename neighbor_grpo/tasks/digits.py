@@ -29,7 +29,7 @@ from ..training import Task
 # %% ../../nbs/tasks/digits.ipynb #103f1eb7
 NULL = 10  # the label that stands for any digit
 
-def load_images() -> tuple[Tensor, Tensor]:  # images (1797, 1, 8, 8) in [-1, 1]; labels (1797,) in 0 ... 9
+def load_images() -> tuple[Tensor, Tensor]:  # (1797, 1, 8, 8) in [-1, 1]; (1797,) in 0 ... 9
     "The handwritten digits that come with scikit-learn."
     pixels, labels = load_digits(return_X_y=True)
     return torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels)
@@ -77,9 +77,10 @@ class Classifier(nn.Module):
     "A small convolutional network: 32 features, then ten classes."
     def __init__(self, width: int = 16):  # channels of the first layer
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
-            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * width, 32), nn.ReLU())
+        self.features = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU(),
+                                      nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
+                                      nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * width, 32),
+                                      nn.ReLU())
         self.head = nn.Linear(32, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,13 +94,15 @@ def train_classifier(
     epochs: int = 60,  # passes over the images
     seed: int = 0,  # of the order and the noise
 ) -> nn.Module:  # the network, in eval mode
-    "AdamW on cross-entropy, with noise on the pixels and every other batch moved by up to one pixel."
+    """AdamW on cross-entropy, with noise on the pixels and every other batch moved by up to one
+    pixel."""
     generator = seeded(seed)
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     for _ in range(epochs):
         for number, rows in enumerate(torch.randperm(len(images), generator=generator).split(128)):
             x = images[rows] + 0.1 * torch.randn(len(rows), 1, 8, 8, generator=generator)
-            if number % 2: x = torch.roll(x, torch.randint(-1, 2, (2,), generator=generator).tolist(), (2, 3))
+            if number % 2:
+                x = torch.roll(x, torch.randint(-1, 2, (2,), generator=generator).tolist(), (2, 3))
             loss = F.cross_entropy(network(x), labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -139,7 +142,8 @@ def diversity(
 class DigitsSettings:
     "The digits task: one class of ten under the null label, or as much ink as possible."
     reward: Literal["class", "ink"] = "class"
-    "'class': the reward model's probability of the target. 'ink': mean brightness, unbounded, to watch hacking."
+    """'class': the reward model's probability of the target. 'ink': mean brightness, unbounded, to
+    watch hacking."""
     target: int = 3
     "The digit that is asked for, 0 to 9."
     pretrain_steps: int = 1200
@@ -153,7 +157,8 @@ class DigitsSettings:
         check_types(self)
         require(0 <= self.target <= 9, "target", self.target, "an integer in 0 ... 9")
         for name, least in dict(pretrain_steps=1, eval_steps=1, eval_samples=64).items():
-            require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
+            require(getattr(self, name) >= least, name, getattr(self, name),
+                    f"an integer >= {least}")
 
 # %% ../../nbs/tasks/digits.ipynb #08632488
 class DigitsTask(Task):
@@ -161,17 +166,25 @@ class DigitsTask(Task):
     shape, prompts = (1, 8, 8), 1
 
     def __init__(self, settings: DigitsSettings = DigitsSettings(),
-                 folder: str | Path | None = None,  # where the pretrained networks are kept; None: nowhere
+                 folder: str | Path | None = None,  # of the pretrained networks; None: not kept
                  seed: int = 0,  # of the pretraining
                  progress: bool = True):  # show a progress bar
         self.settings = settings
         images, labels = load_images()
         mine, other = halves(len(images))
         torch.manual_seed(seed)
-        self.reward_model = load_or_train(folder, "reward", Classifier(16),
-                                 lambda network: train_classifier(network, images[mine], labels[mine], seed=seed))
-        self.judge = load_or_train(folder, "judge", Classifier(24),
-                          lambda network: train_classifier(network, images[other], labels[other], seed=seed + 1))
+        self.reward_model = load_or_train(
+            folder,
+            "reward",
+            Classifier(16),
+            lambda network: train_classifier(network, images[mine], labels[mine], seed=seed),
+        )
+        self.judge = load_or_train(
+            folder,
+            "judge",
+            Classifier(24),
+            lambda network: train_classifier(network, images[other], labels[other], seed=seed + 1),
+        )
 
         def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             rows = torch.randint(len(images), (128,), generator=generator)
@@ -179,8 +192,20 @@ class DigitsTask(Task):
             return images[rows], labels[rows].masked_fill(nameless, NULL)
 
         snapshot = snapshot_of(folder, "base")
-        self.base = base = load_or_train(folder, "base", UNet(), lambda network: train_flow(
-            network, batch, settings.pretrain_steps, 4e-3, seed=seed, progress=progress, snapshot=snapshot)[0])
+        self.base = base = load_or_train(
+            folder,
+            "base",
+            UNet(),
+            lambda network: train_flow(
+                network,
+                batch,
+                settings.pretrain_steps,
+                4e-3,
+                seed=seed,
+                progress=progress,
+                snapshot=snapshot,
+            )[0],
+        )
         self.policy = copy.deepcopy(base).requires_grad_(True)
         self.real = images[labels == settings.target] if settings.reward == "class" else images
 
@@ -190,7 +215,8 @@ class DigitsTask(Task):
 
     @torch.no_grad()
     def reward(self, samples: Tensor, prompts: Tensor | None = None) -> Tensor:
-        "`(N, 1, 8, 8) -> (N,)`: the reward model's probability of the target, or the mean brightness."
+        """`(N, 1, 8, 8) -> (N,)`: the reward model's probability of the target, or the mean
+        brightness."""
         if self.settings.reward == "ink": return (samples.flatten(1).mean(1) + 1) / 2
         return self.reward_model(samples).softmax(1)[:, self.settings.target]
 
@@ -199,17 +225,22 @@ class DigitsTask(Task):
                label: int = NULL) -> Tensor:  # (count, 1, 8, 8)
         "Held-out samples: always the same noise."
         noise = randn((count, *self.shape), seeded(0))
-        return solve(velocity, noise, time_grid(self.settings.eval_steps), torch.full((count,), label)).x[-1]
+        return solve(velocity, noise, time_grid(self.settings.eval_steps),
+                     torch.full((count,), label)).x[-1]
 
     @torch.no_grad()
     def evaluate(self, velocity: Velocity, label: int = NULL) -> dict[str, float]:
-        "Held-out `reward`; the `judge`'s probability; `frechet` and `diversity` against real images of what is wanted."
+        """Held-out `reward`; the `judge`'s probability; `frechet` and `diversity` against real
+        images of what is wanted."""
         samples = self.sample(velocity, self.settings.eval_samples, label)
         seen = samples.clamp(-1, 1)  # as a screen would show them
         probability = self.judge(seen).softmax(1)[:, self.settings.target]
-        return dict(reward=self.reward(samples).mean().item(), judge=probability.mean().item(),
-                    frechet=frechet_distance(self.judge.features(seen), self.judge.features(self.real)),
-                    diversity=diversity(seen, self.real))
+        return dict(
+            reward=self.reward(samples).mean().item(),
+            judge=probability.mean().item(),
+            frechet=frechet_distance(self.judge.features(seen), self.judge.features(self.real)),
+            diversity=diversity(seen, self.real),
+        )
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save a grid of held-out images of each policy, side by side."
