@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .flow import Generators, Velocity, denoised, expand_time, implied_noise, randn, require
+from .flow import (Generators, Velocity, denoised, expand_time, implied_noise, randn,
+                                require)
 from .solvers import Trajectory, check_grid, euler_step
 
 # %% ../nbs/sde.ipynb #677bf8be

@@ -53,7 +53,8 @@ class FluxFamily(Family):
         "Before they are packed; both sides are even."
         scale = pipeline.vae_scale_factor
         for name, value in dict(height=height, width=width).items():
-            require(value > 0 and value % (2 * scale) == 0, name, value, f"a multiple of {2 * scale}")
+            require(value > 0 and value % (2 * scale) == 0, name, value,
+                    f"a multiple of {2 * scale}")
         return pipeline.transformer.config.in_channels // 4, height // scale, width // scale
 
     def shift(self, pipeline: FluxPipeline, height: int, width: int) -> float:
@@ -62,7 +63,8 @@ class FluxFamily(Family):
         if not config.get("use_dynamic_shifting"): return fixed_shift(pipeline)
         kind = config.get("time_shift_type", "exponential")
         good = kind == "exponential" and not config.get("shift_terminal")
-        require(good, "pipeline.scheduler", f"a {kind} shift", "an exponential one without a terminal")
+        require(good, "pipeline.scheduler", f"a {kind} shift",
+                "an exponential one without a terminal")
         _, h, w = self.latent_shape(pipeline, height, width)
         least, most = config.base_image_seq_len, config.max_image_seq_len
         part = (h * w / 4 - least) / (most - least)

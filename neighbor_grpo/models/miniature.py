@@ -29,11 +29,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
 from ..rollouts import check_types, take
-from ..flow import Velocity, interpolate, randn, require, seeded, time_grid, velocity_target
+from ..flow import (Velocity, interpolate, randn, require, seeded, time_grid,
+                                velocity_target)
 from ..toyflows import one_cycle
-from ..runs.folder import (append_row, check_config, hold_folder, make_folder, read_rows, to_line, without_clock,
-                                  write_atomically)
-from ..tasks.scenes import SIZE, Caption, all_captions, draw_layout, find, render, split_captions, verify, words
+from ..runs.folder import (append_row, check_config, hold_folder, make_folder,
+                                       read_rows, to_line, without_clock, write_atomically)
+from ..tasks.scenes import (SIZE, Caption, all_captions, draw_layout, find, render,
+                                        split_captions, verify, words)
 from .pipeline import (
     MINIATURE, PipelinePolicy, PipelineSettings, PipelineTask, absolute, check_source, decode,
     encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
@@ -46,8 +48,8 @@ from ..runs.trainer import Snapshot, draw_panels, image_grid
 with quiet():  # without hints to install torchvision, which would break things
     from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
                            StableDiffusion3Pipeline)
-    from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel,
-                              T5Tokenizer)
+    from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
+                              T5EncoderModel, T5Tokenizer)
 
 # %% ../../nbs/models/miniature.ipynb #41148b7b
 LENGTH = 10  # tokens of a caption: eight words, a beginning and an end
@@ -68,11 +70,13 @@ def spell(
 def clip_vocabulary(
     words: list[str],
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:  # token numbers; merges in order of priority
-    "A byte-pair vocabulary in which each word is one token: a new merge joins what the earlier ones make of a word."
+    """A byte-pair vocabulary in which each word is one token: a new merge joins what the earlier
+    ones make of a word."""
     merges: list[tuple[str, str]] = []
     vocabulary = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>"])}
     for word in words:
-        for letter in [*word, *(f"{c}</w>" for c in word)]: vocabulary.setdefault(letter, len(vocabulary))
+        for letter in [*word, *(f"{c}</w>" for c in word)]:
+            vocabulary.setdefault(letter, len(vocabulary))
         while len(pieces := spell(word, merges)) > 1:
             merges.append((pieces[0], pieces[1]))
             vocabulary.setdefault(pieces[0] + pieces[1], len(vocabulary))
@@ -84,11 +88,13 @@ def make_tokenizers(
 ) -> tuple[CLIPTokenizer, T5Tokenizer]:
     "One token a word, for CLIP's kind of text encoder and for T5's."
     vocabulary, merges = clip_vocabulary(words())
-    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length, pad_token="<|endoftext|>")
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length,
+                         pad_token="<|endoftext|>")
     pieces = ["<pad>", "</s>", "<unk>", *("▁" + word for word in words())]
     t5 = T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=length)
     for word in words():
-        require(len(clip(word).input_ids) == 3 and len(t5(word).input_ids) == 2, "word", word, "one token")
+        require(len(clip(word).input_ids) == 3 and len(t5(word).input_ids) == 2, "word", word,
+                "one token")
     return clip, t5
 
 # %% ../../nbs/models/miniature.ipynb #43c5bd6b
@@ -98,27 +104,43 @@ def make_pipeline(
     "A Stable Diffusion 3 pipeline for 32x32 images with random weights."
     torch.manual_seed(seed)
     clip_tokenizer, t5_tokenizer = make_tokenizers()
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=48, intermediate_size=96, projection_dim=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=LENGTH, hidden_act="gelu",
-        bos_token_id=clip_tokenizer.bos_token_id, eos_token_id=clip_tokenizer.eos_token_id, pad_token_id=clip_tokenizer.pad_token_id)
+    clip_config = CLIPTextConfig(vocab_size=len(clip_tokenizer), hidden_size=48,
+                                 intermediate_size=96, projection_dim=48, num_hidden_layers=2,
+                                 num_attention_heads=4, max_position_embeddings=LENGTH,
+                                 hidden_act="gelu", bos_token_id=clip_tokenizer.bos_token_id,
+                                 eos_token_id=clip_tokenizer.eos_token_id,
+                                 pad_token_id=clip_tokenizer.pad_token_id)
     encoders = [CLIPTextModelWithProjection(clip_config) for _ in range(2)]
-    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), d_model=96, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
-                                 dropout_rate=0.0, feed_forward_proj="gated-gelu"))
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=96,
+            d_kv=24,
+            d_ff=192,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
     for table in [e.text_model.embeddings.token_embedding for e in encoders] + [t5.shared]:
-        nn.init.normal_(table.weight, std=0.5)  # the usual 0.02 makes words hard to tell apart for small encoders
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32), layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=32,
-        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.0, shift_factor=0.0)
-    transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=8, out_channels=8, num_layers=5, num_attention_heads=4,
-        attention_head_dim=32, joint_attention_dim=96, caption_projection_dim=128, pooled_projection_dim=96,
-        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,))
-    pipeline = StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=vae,
-        text_encoder=encoders[0], tokenizer=clip_tokenizer, text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer,
-        text_encoder_3=t5, tokenizer_3=t5_tokenizer)
+        # the usual 0.02 makes words hard to tell apart for small encoders
+        nn.init.normal_(table.weight, std=0.5)
+    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 3,
+                        up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(16, 32, 32),
+                        layers_per_block=1, latent_channels=8, norm_num_groups=8, sample_size=32,
+                        mid_block_add_attention=False, use_quant_conv=False,
+                        use_post_quant_conv=False, scaling_factor=1.0, shift_factor=0.0)
+    transformer = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=8, out_channels=8,
+                                        num_layers=5, num_attention_heads=4, attention_head_dim=32,
+                                        joint_attention_dim=96, caption_projection_dim=128,
+                                        pooled_projection_dim=96, pos_embed_max_size=8,
+                                        qk_norm="rms_norm", dual_attention_layers=(0,))
+    pipeline = StableDiffusion3Pipeline(transformer=transformer,
+                                        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+                                        vae=vae, text_encoder=encoders[0], tokenizer=clip_tokenizer,
+                                        text_encoder_2=encoders[1], tokenizer_2=clip_tokenizer,
+                                        text_encoder_3=t5, tokenizer_3=t5_tokenizer)
     for module in pipeline.components.values():
         if isinstance(module, nn.Module): module.eval()
     return pipeline
@@ -128,7 +150,8 @@ def make_pipeline(
 class PretrainSettings:
     "How the miniature is pretrained: long enough to draw well, too short to count well."
     source: str = ""
-    "Folder of a pretrained pipeline to go on from, which keeps its autoencoder; without it, from random weights."
+    """Folder of a pretrained pipeline to go on from, which keeps its autoencoder; without it, from
+    random weights."""
     scenes: int = 30000
     "Rendered scenes that it learns from."
     vae_steps: int = 1200
@@ -152,7 +175,15 @@ class PretrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("scenes", "vae_steps", "decoder_steps", "steps", "guidance_steps", "watch_every", "watch_images"):
+        for name in (
+            "scenes",
+            "vae_steps",
+            "decoder_steps",
+            "steps",
+            "guidance_steps",
+            "watch_every",
+            "watch_images",
+        ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(self.lr > 0, "lr", self.lr, "> 0")
         require(self.guidance >= 1, "guidance", self.guidance, ">= 1")
@@ -163,10 +194,15 @@ def pretraining_captions(
     count: int,  # >= 0
     generator: torch.Generator,
 ) -> list[Caption]:
-    "A quarter singles, a quarter counts, half relations; never one of the captions that are to stay unseen."
-    pools = [all_captions("single"), *(split["train"] + split["held"] for split in map(split_captions, ("count", "relation")))]
+    """A quarter singles, a quarter counts, half relations; never one of the captions that are to
+    stay unseen."""
+    pools = [
+        all_captions("single"),
+        *(split["train"] + split["held"] for split in map(split_captions, ("count", "relation"))),
+    ]
     kinds = torch.tensor([0, 1, 2, 2])[torch.randint(4, (count,), generator=generator)].tolist()
-    return [pools[kind][int(torch.randint(len(pools[kind]), (), generator=generator))] for kind in kinds]
+    return [pools[kind][int(torch.randint(len(pools[kind]), (), generator=generator))]
+            for kind in kinds]
 
 
 def draw_scenes(
@@ -189,7 +225,8 @@ def train_vae(
     progress: bool = True,  # show a progress bar
     snapshot: Snapshot | None = None,  # what a killed training goes on from
 ) -> None:
-    "Squared and absolute error of the reconstruction, and a little pull of the latents to a standard normal."
+    """Squared and absolute error of the reconstruction, and a little pull of the latents to a
+    standard normal."""
     generator = seeded(seed, 1)
     vae.train().requires_grad_(True).to(memory_format=torch.channels_last)
     vae.encoder.requires_grad_(encoder)
@@ -197,8 +234,12 @@ def train_vae(
     schedule = one_cycle(optimizer, lr, steps, rise=0.05)
     parts = dict(vae=vae, optimizer=optimizer, schedule=schedule, generator=generator)
     start = snapshot.restore(**parts) if snapshot else 0
-    for step in (bar := trange(start, steps, desc="autoencoder", disable=not progress, mininterval=2)):
-        x = images[torch.randint(len(images), (64 if step < 0.8 * steps else 32,), generator=generator)]
+    for step in (
+        bar := trange(start, steps, desc="autoencoder", disable=not progress, mininterval=2)
+    ):
+        x = images[
+            torch.randint(len(images), (64 if step < 0.8 * steps else 32,), generator=generator)
+        ]
         if step < 0.8 * steps:  # convolutions learn as much from a quarter of the pixels; the rest teaches them the border
             top, left = (4 * torch.randint(5, (2,), generator=generator)).tolist()
             x = x[:, :, top:top + 16, left:left + 16]
@@ -206,7 +247,11 @@ def train_vae(
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(generator)).sample
         error = (y - x).square().mean()
-        loss = error + 0.2 * (y - x).abs().mean() + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            error
+            + 0.2 * (y - x).abs().mean()
+            + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -223,8 +268,11 @@ def encode_scenes(
     images: Tensor,  # (N, 3, 32, 32) uint8
 ) -> Tensor:  # (N, 8, 8, 8), mean 0 and variance 1 over all
     "Latents of all scenes, with the scale that makes them standard."
-    latents = torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(500)])
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    latents = torch.cat(
+        [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(500)]
+    )
+    vae.register_to_config(shift_factor=latents.mean().item(),
+                           scaling_factor=1 / latents.std().item())
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 # %% ../../nbs/models/miniature.ipynb #a0c18ec3
@@ -236,7 +284,8 @@ def scene_velocity(
 ) -> Tensor:  # (N, 8, 8, 8)
     "The transformer's velocity, with gradients into the text encoders."
     embeds, pooled = SD3.encode(pipeline, texts, LENGTH)
-    return pipeline.transformer(x, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=1000 * t, return_dict=False)[0]
+    return pipeline.transformer(x, encoder_hidden_states=embeds, pooled_projections=pooled,
+                                timestep=1000 * t, return_dict=False)[0]
 
 
 def scene_loss(
@@ -247,7 +296,8 @@ def scene_loss(
     teacher: StableDiffusion3Pipeline | None = None,  # whose guided velocity is the target; None: the scenes are
     scale: float = 1.0,  # of the guidance
 ) -> Tensor:  # scalar
-    "The flow-matching loss of 64 scenes at logit-normal times; a tenth of the captions is left out."
+    """The flow-matching loss of 64 scenes at logit-normal times; a tenth of the captions is left
+    out."""
     rows = torch.randint(len(latents), (64,), generator=generator)
     nameless = torch.rand(64, generator=generator) < 0.1
     texts = ["" if gone else texts[i] for i, gone in zip(rows.tolist(), nameless)]
@@ -255,7 +305,10 @@ def scene_loss(
     t = torch.randn(64, generator=generator).sigmoid()
     x, target = interpolate(x0, noise, t), velocity_target(x0, noise)
     if teacher:
-        with torch.no_grad(): target = torch.lerp(*(scene_velocity(teacher, x, t, asked) for asked in ([""] * 64, texts)), scale)
+        with torch.no_grad():
+            target = torch.lerp(
+                *(scene_velocity(teacher, x, t, asked) for asked in ([""] * 64, texts)), scale
+            )
     return (scene_velocity(pipeline, x, t, texts) - target).square().mean()
 
 # %% ../../nbs/models/miniature.ipynb #08ae149f
@@ -287,12 +340,16 @@ def train_transformer(
 ) -> None:
     "Minimise a loss; the pipeline is left with the average of the weights."
     networks, losses = networks_of(pipeline).requires_grad_(True), deque(maxlen=watch_every)
-    optimizer = torch.optim.AdamW(networks.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01,
+                                  fused=True)
     schedule = one_cycle(optimizer, lr, steps, rise=0.05, cycle_momentum=False)
     average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-    parts = dict(networks=networks, average=average, optimizer=optimizer, schedule=schedule, losses=losses)
+    parts = dict(networks=networks, average=average, optimizer=optimizer, schedule=schedule,
+                 losses=losses)
     start = snapshot.restore(**parts) if snapshot else 0
-    for step in (bar := trange(start + 1, steps + 1, desc="transformer", disable=not progress, mininterval=2)):
+    for step in (
+        bar := trange(start + 1, steps + 1, desc="transformer", disable=not progress, mininterval=2)
+    ):
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
@@ -302,7 +359,8 @@ def train_transformer(
         average.update_parameters(networks)
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-        if step % watch_every == 0 or step == steps: watch(step, sum(losses) / len(losses), average.module)
+        if step % watch_every == 0 or step == steps:
+            watch(step, sum(losses) / len(losses), average.module)
         if snapshot: snapshot.save(step, now=step == steps, **parts)
     networks.load_state_dict(average.module.state_dict())
     networks.requires_grad_(False)
@@ -319,8 +377,13 @@ def draw_images(
     "Images for captions, always from the same noise."
     cond = encode_prompts(SD3, pipeline, [str(caption) for caption in captions], LENGTH)
     noise = randn((len(captions), *SD3.latent_shape(pipeline, SIZE, SIZE)), seeded(seed, 9))
-    ts, rows = time_grid(steps, SD3.shift(pipeline, SIZE, SIZE)), torch.arange(len(captions)).split(192)
-    return decode(pipeline, torch.cat([solve(velocity, noise[part], ts, take(cond, part)).x[-1] for part in rows]), 256)
+    ts = time_grid(steps, SD3.shift(pipeline, SIZE, SIZE))
+    rows = torch.arange(len(captions)).split(192)
+    return decode(
+        pipeline,
+        torch.cat([solve(velocity, noise[part], ts, take(cond, part)).x[-1] for part in rows]),
+        256,
+    )
 
 # %% ../../nbs/models/miniature.ipynb #c7a94dfa
 def cycle(
@@ -338,11 +401,13 @@ def accuracies(
 ) -> dict[str, float]:
     "Strict accuracy on each kind of caption, seen in pretraining or not."
     counts, relations = split_captions("count"), split_captions("relation")
-    kinds = dict(single=all_captions("single"), count=counts["train"] + counts["held"], count_unseen=counts["unseen"],
-                 relation=relations["train"] + relations["held"], relation_unseen=relations["unseen"])
+    kinds = dict(single=all_captions("single"), count=counts["train"] + counts["held"],
+                 count_unseen=counts["unseen"], relation=relations["train"] + relations["held"],
+                 relation_unseen=relations["unseen"])
     policy = PipelinePolicy(SD3, pipeline.transformer).requires_grad_(False)
     kinds = {name: cycle(captions, images) for name, captions in kinds.items()}
-    return {name: verify(draw_images(pipeline, policy, captions), captions)[0].mean().item() for name, captions in kinds.items()}
+    return {name: verify(draw_images(pipeline, policy, captions), captions)[0].mean().item()
+            for name, captions in kinds.items()}
 
 # %% ../../nbs/models/miniature.ipynb #31dfe359
 def wilson(
@@ -351,8 +416,11 @@ def wilson(
 ) -> tuple[float, float]:  # in [0, 1]
     "Wilson's 95 % interval for a probability."
     z = 1.96
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, (middle - half) / (1 + z * z / count)), min(1.0, (middle + half) / (1 + z * z / count))
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, (middle - half) / (1 + z * z / count)), min(
+        1.0, (middle + half) / (1 + z * z / count)
+    )
 
 # %% ../../nbs/models/miniature.ipynb #313997a9
 CARD = """---
@@ -414,24 +482,31 @@ styles, larger numbers, more than two kinds of shapes and other sizes of the ima
 
 Apache-2.0, as the code that made it.
 """
-KINDS = {"single": "one shape", "count": "two to four alike", "count_unseen": "the same, captions never seen",
-         "relation": "two in a relation", "relation_unseen": "the same, captions never seen"}
+KINDS = {"single": "one shape", "count": "two to four alike",
+         "count_unseen": "the same, captions never seen", "relation": "two in a relation",
+         "relation_unseen": "the same, captions never seen"}
 
 
 def model_card(
     rows: list[dict],  # of the log
 ) -> str:  # Markdown
     "What the folder holds, how it was made, how good it is and what it is not good for."
-    runs, (vae, *_), last = [row["settings"] for row in rows if "settings" in row], [row for row in rows if "decibel" in row], rows[-1]
-    values = [f"| setting |{'|'.join(f' run {i} ' for i in range(1, len(runs) + 1))}|", "|---" * (len(runs) + 1) + "|"]
+    runs, (vae, *_), last = (
+        [row["settings"] for row in rows if "settings" in row],
+        [row for row in rows if "decibel" in row],
+        rows[-1],
+    )
+    values = [f"| setting |{'|'.join(f' run {i} ' for i in range(1, len(runs) + 1))}|",
+              "|---" * (len(runs) + 1) + "|"]
     for name in runs[0]:
         values.append(f"| {name} | {' | '.join(str(run[name]) for run in runs)} |")
     table = ["| captions | accuracy | 95 % interval |", "|---|---|---|"]
     for name, title in KINDS.items():
         low, high = wilson(last[name], runs[-1]["watch_images"])
         table.append(f"| {title} | {last[name]:.2f} | {low:.2f} to {high:.2f} |")
-    return CARD.format(scenes=sum(run["scenes"] for run in runs), settings="\n".join(values), images=runs[-1]["watch_images"],
-                       verified=vae["verified"], accuracies="\n".join(table), words=", ".join(words()))
+    return CARD.format(scenes=sum(run["scenes"] for run in runs), settings="\n".join(values),
+                       images=runs[-1]["watch_images"], verified=vae["verified"],
+                       accuracies="\n".join(table), words=", ".join(words()))
 
 # %% ../../nbs/models/miniature.ipynb #e02a9fd8
 PROGRESS = ".progress"  # of a pretraining, in its folder, until it is complete
@@ -445,7 +520,8 @@ def claim_pretraining(
     if settings.source: said["source"] = str(Path(settings.source).absolute())
     if note.exists(): return check_config(json.loads(note.read_text()), said)
     found = [path.name for path in folder.iterdir()] if folder.exists() else []
-    require(set(found) <= {PROGRESS}, "folder", str(folder), "new or empty, or of a pretraining that was killed")
+    require(set(found) <= {PROGRESS}, "folder", str(folder),
+            "new or empty, or of a pretraining that was killed")
     make_folder(note.parent)
     write_atomically(note, json.dumps(said))
 
@@ -462,7 +538,8 @@ def open_log(
 
     def log(**row: object) -> None:
         seconds = round(time.perf_counter() - start)
-        if json.loads(to_line(row | dict(seconds=None))) not in known: append_row(path, row | dict(seconds=seconds))
+        if json.loads(to_line(row | dict(seconds=None))) not in known:
+            append_row(path, row | dict(seconds=seconds))
     return log
 
 
@@ -480,7 +557,8 @@ def pretrain_vae(
     if settings.source: return encode_scenes(vae, images)
     train(vae, images, settings.vae_steps, seed, snapshot=Snapshot(place, "vae"))
     latents = encode_scenes(vae, images)
-    train(vae, images, settings.decoder_steps, seed + 1, 1e-3, False, snapshot=Snapshot(place, "decoder"))
+    train(vae, images, settings.decoder_steps, seed + 1, 1e-3, False,
+          snapshot=Snapshot(place, "decoder"))
     back = decode(pipeline, latents[:500])
     error = (back - images[:500].float() / 255).square().mean().item()
     log(decibel=-10 * math.log10(error), verified=verify(back, captions[:500])[0].mean().item())
@@ -493,7 +571,9 @@ def make_miniature(
     progress: bool,  # show progress bars
 ) -> None:
     "Autoencoder, then transformer with text encoders; in half precision, with log and model card."
-    pipeline = open_pipeline(SD3, settings.source) if settings.source else make_pipeline(settings.seed)
+    pipeline = (
+        open_pipeline(SD3, settings.source) if settings.source else make_pipeline(settings.seed)
+    )
     earlier = read_rows(Path(settings.source) / "log.jsonl") if settings.source else []
     log = open_log(folder / "log.jsonl", earlier)
     log(settings=vars(settings) | dict(source=Path(settings.source).name))
@@ -506,15 +586,21 @@ def make_miniature(
 
     texts, teacher = [str(caption) for caption in captions], None
     done = max([row.get("step", 0) for row in earlier], default=0)
-    for stage, steps, lr in (("flow", settings.steps, settings.lr), ("guidance", settings.guidance_steps, 5e-4)):
+    for stage, steps, lr in (
+        ("flow", settings.steps, settings.lr),
+        ("guidance", settings.guidance_steps, 5e-4),
+    ):
         draws = seeded(settings.seed, 2 + (stage == "guidance"))
         loss_of = partial(scene_loss, pipeline, latents, texts, draws, teacher, settings.guidance)
-        train_transformer(pipeline, loss_of, steps, lr, partial(watch, stage, done), settings.watch_every, progress,
+        train_transformer(pipeline, loss_of, steps, lr, partial(watch, stage, done),
+                          settings.watch_every, progress,
                           Snapshot(folder / PROGRESS, stage, draws=draws))
         teacher, done = with_networks(pipeline, copy.deepcopy(networks_of(pipeline))), done + steps
     for part in pipeline.components.values():
-        if isinstance(part, nn.Module): nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
-    for part in (pipeline, pipeline.vae, pipeline.transformer): part.register_to_config(_name_or_path="")  # whence it came
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
+    for part in (pipeline, pipeline.vae, pipeline.transformer):
+        part.register_to_config(_name_or_path="")  # whence it came
     with quiet(): pipeline.save_pretrained(folder)
     (folder / "README.md").write_text(model_card(read_rows(folder / "log.jsonl")), encoding="utf-8")
 
@@ -536,11 +622,13 @@ def pretrain(
 class ScenesSettings(PipelineSettings):
     "The scenes task: the packaged miniature, rewarded for what its captions ask."
     source: str = ""
-    "Folder of a pipeline that `neighbor-grpo pretrain` made; without it the one of this package, which sd3 knows as miniature."
+    """Folder of a pipeline that `neighbor-grpo pretrain` made; without it the one of this package,
+    which sd3 knows as miniature."""
     rewarded: Literal["count", "relation"] = "count"
     "Which captions are trained; those of the other kind and single shapes are watched."
     reward: Literal["graded", "strict"] = "graded"
-    "'strict': 1 if all is right, else 0. 'graded': the share that is right, and how well it is drawn."
+    """'strict': 1 if all is right, else 0. 'graded': the share that is right, and how well it is
+    drawn."""
     eval_images: int = 192
     "Images of each held-out figure, from fixed noise; at least 48."
     eval_steps: int = 8
@@ -550,11 +638,13 @@ class ScenesSettings(PipelineSettings):
         super().__post_init__()
         object.__setattr__(self, "source", absolute(self.source))  # holds in any working directory
         for name, least in dict(eval_images=48, eval_steps=1).items():
-            require(getattr(self, name) >= least, name, getattr(self, name), f"an integer >= {least}")
+            require(getattr(self, name) >= least, name, getattr(self, name),
+                    f"an integer >= {least}")
 
 # %% ../../nbs/models/miniature.ipynb #de6deaad
 class ScenesTask(PipelineTask):
-    "The scenes rung: a miniature Stable Diffusion 3 whose images are checked against their captions."
+    """The scenes rung: a miniature Stable Diffusion 3 whose images are checked against their
+    captions."""
     def __init__(self, settings: ScenesSettings = ScenesSettings(),
                  folder: str | Path | None = None,  # of the run: what the pipeline is known by is kept in it
                  seed: int = 0,  # of the adapters
@@ -601,7 +691,8 @@ class ScenesTask(PipelineTask):
         return draw_images(self.pipeline, velocity, captions, self.settings.eval_steps, seed)
 
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
-        "Strict accuracy on captions held out (`reward`), trained, unseen, and of kinds not rewarded."
+        """Strict accuracy on captions held out (`reward`), trained, unseen, and of kinds not
+        rewarded."""
         images = {name: self.sample(velocity, captions) for name, captions in self.watched.items()}
         row = {name: verify(images[name], captions)[0].mean().item()
                for name, captions in self.watched.items()}
@@ -626,9 +717,13 @@ def within(
     images: Tensor,  # (N, 3, H, W)
     captions: list[Caption],  # N of them
 ) -> float:
-    "Mean distance between images of the same caption (of all, if none comes twice) over that between rendered scenes."
+    """Mean distance between images of the same caption (of all, if none comes twice) over that
+    between rendered scenes."""
     rendered = render(draw_layout(captions, seeded(0)))
-    groups = [[i for i, c in enumerate(captions) if c == caption] for caption in dict.fromkeys(captions)]
+    groups = [[i for i, c in enumerate(captions) if c == caption]
+              for caption in dict.fromkeys(captions)]
     groups = [group for group in groups if len(group) > 1] or [list(range(len(captions)))]
-    spread = lambda x: torch.stack([torch.pdist(x[group].flatten(1)).mean() for group in groups]).mean()
+    spread = lambda x: torch.stack(
+        [torch.pdist(x[group].flatten(1)).mean() for group in groups]
+    ).mean()
     return (spread(images) / spread(rendered)).item()

@@ -39,7 +39,9 @@ def middle(picture: Image.Image,  # any size, any mode
     short = min(picture.size)
     sides = [int(size * side / short) for side in picture.size]
     left, top = (half((side - size) / 2) for side in sides)
-    return picture.resize(sides, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return picture.resize(sides, Image.Resampling.BICUBIC).crop(
+        (left, top, left + size, top + size)
+    )
 
 
 def pixels_of(picture: Image.Image) -> Tensor:
@@ -65,7 +67,9 @@ def padded_view(picture: Image.Image,  # any size, any mode
     pixels = pixels_of(picture)
     scale = size / max(picture.size)
     sides = [max(1, round(scale * side)) for side in pixels.shape[1:]]
-    if scale != 1: pixels = F.interpolate(pixels[None], sides, mode="bicubic", align_corners=False, antialias=True)[0]
+    if scale != 1:
+        pixels = F.interpolate(pixels[None], sides, mode="bicubic", align_corners=False,
+                               antialias=True)[0]
     down, right = (size - side for side in sides)
     return F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2))
 
@@ -76,7 +80,8 @@ def load_local_or_hub(
     what: str,  # what it must hold
     get: str,  # how to get it
 ) -> object:  # what `load` returned
-    "Load from this machine, else from the hub; else say what is missing, where it was looked for and how to get it."
+    """Load from this machine, else from the hub; else say what is missing, where it was looked for
+    and how to get it."""
     hub = transformers.utils.hub.constants
     local, name = Path(source).exists(), not is_path(source)
     cache = f", nor in the hub's cache {hub.HF_HUB_CACHE}" if name else ""
@@ -123,33 +128,44 @@ def fix_text(judge: str) -> Callable[[str], str]:
     "What ftfy does to a text, or how to get it."
     try: import ftfy
     except ImportError as e:
-        raise ImportError(f"{judge} cleans prompts with ftfy: pip install 'neighbor_grpo[rewards]'") from e
+        raise ImportError(
+            f"{judge} cleans prompts with ftfy: pip install 'neighbor_grpo[rewards]'"
+        ) from e
     return ftfy.fix_text
 
 
 class CLIPJudge(Reward):
     "The cosine of CLIP's embeddings of picture and prompt, times a factor."
     source = "FOLDER"
-    HUB, TOKENIZER = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14"  # where the authors published them
-    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training pictures
+    # where the authors published them
+    HUB, TOKENIZER = "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14"
+    # of CLIP's training pictures
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     FILE = ""  # in HUB, where it is one file
-    view, factor, cleans = staticmethod(transformers_view), 1.0, False  # c, and whether prompts are cleaned
+    # c, and whether prompts are cleaned
+    view, factor, cleans = staticmethod(transformers_view), 1.0, False
 
     def __init__(self, source: str | Path | None = None,  # a folder, or a name on the hub; None: that of the authors
                  device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32,  # of the network; scores are float32
                  batch: int = 32):  # pictures or texts at once
         require(isinstance(batch, int) and batch >= 1, "batch", batch, "an integer >= 1")
-        source, self.fix = str(source or self.HUB), fix_text(type(self).__name__) if self.cleans else None
+        source, self.fix = (
+            str(source or self.HUB),
+            fix_text(type(self).__name__) if self.cleans else None,
+        )
         self.device, self.dtype, self.batch = torch.device(device), dtype, batch
-        self.model = load_local_or_hub(lambda offline: self.load(source, offline), source, self.FILE or "a CLIP model",
-                            f"hf download {self.HUB} {self.FILE}".strip()).to(device)
+        self.model = load_local_or_hub(lambda offline: self.load(source, offline), source,
+                                       self.FILE or "a CLIP model",
+                                       f"hf download {self.HUB} {self.FILE}".strip()).to(device)
         self.tokenizer = open_tokenizer(source, self.TOKENIZER)
         if self.cleans: self.tokenizer.backend_tokenizer.normalizer = None  # `clean` does all of it
         self.size = self.model.config.vision_config.image_size
 
     @classmethod
-    def open(cls, source: str | None, device: torch.device | str, dtype: torch.dtype) -> "CLIPJudge":
+    def open(
+        cls, source: str | None, device: torch.device | str, dtype: torch.dtype
+    ) -> "CLIPJudge":
         return cls(source, device, dtype)
 
     def load(self, source: str, offline: bool) -> "transformers.CLIPModel":
@@ -165,20 +181,34 @@ class CLIPJudge(Reward):
     def see(self, pictures: list[Image.Image]) -> Tensor:
         "Unit vectors `(N, D)` of pictures."
         pixels = torch.stack([self.view(picture, self.size) for picture in pictures])
-        pixels = (pixels - pixels.new_tensor(self.MEAN).view(3, 1, 1)) / pixels.new_tensor(self.STD).view(3, 1, 1)
+        pixels = (pixels - pixels.new_tensor(self.MEAN).view(3, 1, 1)) / pixels.new_tensor(
+            self.STD
+        ).view(3, 1, 1)
         pooled = self.model.vision_model(pixels.to(self.device, self.dtype)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     def read(self, texts: list[str]) -> Tensor:
         "Unit vectors `(N, D)` of texts."
-        tokens = self.tokenizer([self.clean(text) for text in texts], padding=True, truncation=True,
-                                max_length=self.model.config.text_config.max_position_embeddings, return_tensors="pt").to(self.device)
-        pooled = self.model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        tokens = self.tokenizer(
+            [self.clean(text) for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        pooled = self.model.text_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
+        ).pooler_output
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
 
     def batches(self, embed: Callable[[list], Tensor], things: list) -> Tensor:
         "What `embed` makes of all things, a batch at a time."
-        return torch.cat([embed(things[start:start + self.batch]) for start in range(0, len(things), self.batch)])
+        return torch.cat(
+            [
+                embed(things[start : start + self.batch])
+                for start in range(0, len(things), self.batch)
+            ]
+        )
 
     @torch.no_grad()
     def score(self, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
@@ -201,15 +231,23 @@ class PickScore(CLIPJudge):
 
 # %% ../../nbs/rewards/judges.ipynb #64a38a8d
 OPEN_CLIP_NAMES = (
-    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"), (r"^transformer\.resblocks", "text_model.encoder.layers"),
-    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"), (r"^token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
+    (r"^transformer\.resblocks", "text_model.encoder.layers"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^token_embedding", "text_model.embeddings.token_embedding"),
     (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
     (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"), (r"^visual\.ln_post", "vision_model.post_layernorm"),
-    (r"^ln_final", "text_model.final_layer_norm"), (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^text_projection$", "text_projection.weight"), (r"\.ln_(\d)\.", r".layer_norm\1."), (r"\.mlp\.c_fc\.", ".mlp.fc1."),
-    (r"\.mlp\.c_proj\.", ".mlp.fc2."), (r"\.attn\.", ".self_attn."))
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    (r"^ln_final", "text_model.final_layer_norm"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.ln_(\d)\.", r".layer_norm\1."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.", ".self_attn."),
+)
 
 
 def from_open_clip(
@@ -220,7 +258,8 @@ def from_open_clip(
     for name, weight in state.items():
         for pattern, new in OPEN_CLIP_NAMES: name = re.sub(pattern, new, name)
         if "in_proj_" in name:
-            for part, rows in zip("qkv", weight.chunk(3)): renamed[name.replace("in_proj_", f"{part}_proj.")] = rows
+            for part, rows in zip("qkv", weight.chunk(3)):
+                renamed[name.replace("in_proj_", f"{part}_proj.")] = rows
         else: renamed[name] = weight.T if name.endswith("_projection.weight") else weight
     return renamed
 
@@ -231,17 +270,22 @@ def open_clip_config(
 ) -> "transformers.CLIPConfig":
     "The configuration that fits the shapes of the weights."
     def tower(prefix: str, width: int, head: int) -> dict:
-        layers = sum(name.startswith(prefix) and name.endswith("attn.in_proj_weight") for name in state)
-        require(width % head == 0, "source", f"a width of {width}", f"a transformer with heads of {head}")
-        return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // head, hidden_act="gelu",
-                    intermediate_size=len(state[f"{prefix}.0.mlp.c_fc.bias"]))
+        layers = sum(name.startswith(prefix) and name.endswith("attn.in_proj_weight")
+                     for name in state)
+        require(width % head == 0, "source", f"a width of {width}",
+                f"a transformer with heads of {head}")
+        return dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // head,
+                    hidden_act="gelu", intermediate_size=len(state[f"{prefix}.0.mlp.c_fc.bias"]))
     width, _, _, patch = state["visual.conv1.weight"].shape
     words, text_width = state["token_embedding.weight"].shape
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-    vision = dict(tower("visual.transformer.resblocks", width, head_width), image_size=side * patch, patch_size=patch)
-    text = dict(tower("transformer.resblocks", text_width, 64), max_position_embeddings=len(state["positional_embedding"]),
-                vocab_size=words, bos_token_id=words - 2, eos_token_id=words - 1, pad_token_id=words - 1)
-    return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=state["text_projection"].shape[1])
+    vision = dict(tower("visual.transformer.resblocks", width, head_width), image_size=side * patch,
+                  patch_size=patch)
+    text = dict(tower("transformer.resblocks", text_width, 64),
+                max_position_embeddings=len(state["positional_embedding"]), vocab_size=words,
+                bos_token_id=words - 2, eos_token_id=words - 1, pad_token_id=words - 1)
+    return transformers.CLIPConfig(text_config=text, vision_config=vision,
+                                   projection_dim=state["text_projection"].shape[1])
 
 # %% ../../nbs/rewards/judges.ipynb #5f44db3c
 def read_checkpoint(
@@ -251,24 +295,31 @@ def read_checkpoint(
 ) -> dict:
     "The tensors of a checkpoint; nothing but tensors is read from it."
     path = Path(source, file) if Path(source).is_dir() else Path(source)
-    if not Path(source).exists(): path = transformers.utils.cached_file(source, file, local_files_only=offline)
+    if not Path(source).exists():
+        path = transformers.utils.cached_file(source, file, local_files_only=offline)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 class HPSv21(CLIPJudge):
-    "How people would rank a picture: HPSv2.1 (arXiv 2306.09341), a cosine of a CLIP ViT-H/14 trained on rankings."
-    HUB, TOKENIZER, FILE = "xswu/HPSv2", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "HPS_v2.1_compressed.pt"
+    """How people would rank a picture: HPSv2.1 (arXiv 2306.09341), a cosine of a CLIP ViT-H/14
+    trained on rankings."""
+    HUB = "xswu/HPSv2"
+    TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    FILE = "HPS_v2.1_compressed.pt"
     view, cleans = staticmethod(padded_view), True
 
     def load(self, source: str, offline: bool) -> "transformers.CLIPModel":
         state = read_checkpoint(source, self.FILE, offline)["state_dict"]
         with quiet():
-            return load_clip(None, self.dtype, offline, config=open_clip_config(state), state_dict=from_open_clip(state))
+            return load_clip(None, self.dtype, offline, config=open_clip_config(state),
+                             state_dict=from_open_clip(state))
 
 # %% ../../nbs/rewards/judges.ipynb #a04b8b6a
 class Aesthetic(CLIPJudge):
-    "How beautiful a picture is, about 1 to 10, whatever the prompt: LAION's predictor on CLIP ViT-L/14."
-    HEAD, PAGE = "sac+logos+ava1-l14-linearMSE.pth", "https://github.com/christophschuhmann/improved-aesthetic-predictor"
+    """How beautiful a picture is, about 1 to 10, whatever the prompt: LAION's predictor on CLIP
+    ViT-L/14."""
+    HEAD = "sac+logos+ava1-l14-linearMSE.pth"
+    PAGE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
     view = staticmethod(openai_view)
 
     def __init__(self, source: str | Path | None = None,  # CLIP: a folder, or a name on the hub; or the head's file
@@ -276,12 +327,14 @@ class Aesthetic(CLIPJudge):
                  head: str | Path | None = None):  # its file or folder; None: the folder of CLIP, else the current one
         if source is not None and Path(source).is_file(): source, head = None, source
         if head is None: head = source if source is not None and Path(source).is_dir() else "."
-        state = load_local_or_hub(lambda offline: read_checkpoint(str(head), self.HEAD, offline), str(head), self.HEAD,
-                       f"curl -LO {self.PAGE}/raw/main/{self.HEAD}")
+        state = load_local_or_hub(lambda offline: read_checkpoint(str(head), self.HEAD, offline),
+                                  str(head), self.HEAD,
+                                  f"curl -LO {self.PAGE}/raw/main/{self.HEAD}")
         super().__init__(source, device, dtype, batch)
         names = sorted(name for name in state if name.endswith(".weight"))
         pairs = [(state[name], state[name.replace(".weight", ".bias")]) for name in names]
-        self.layers = [(weight.float().to(device), bias.float().to(device)) for weight, bias in pairs]
+        self.layers = [(weight.float().to(device), bias.float().to(device))
+                       for weight, bias in pairs]
         given, width = self.layers[0][0].shape[1], self.model.config.projection_dim
         require(given == width, "head", f"one for {given}", f"one for CLIP's {width} numbers")
 
@@ -355,9 +408,12 @@ class Rewards:
                  total: bool = False):  # the weighted sum of raw rewards
         require(len(rewards) > 0, "rewards", rewards, "at least one")
         weights = [1 / len(rewards)] * len(rewards) if weights is None else list(weights)
-        require(len(weights) == len(rewards), "weights", f"{len(weights)} weights", f"one for each of {len(rewards)} rewards")
+        require(len(weights) == len(rewards), "weights", f"{len(weights)} weights",
+                f"one for each of {len(rewards)} rewards")
         self.rewards, self.weights, self.total = list(rewards), weights, total or len(rewards) == 1
 
     def __call__(self, images: Tensor | list[Image.Image], prompts: list[str]) -> Tensor:
-        columns = torch.stack([check_scores(reward(images, prompts), len(images)) for reward in self.rewards], 1)
+        columns = torch.stack(
+            [check_scores(reward(images, prompts), len(images)) for reward in self.rewards], 1
+        )
         return columns @ columns.new_tensor(self.weights) if self.total else columns

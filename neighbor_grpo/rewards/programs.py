@@ -20,13 +20,20 @@ from ..flow import require
 def eight_bits(
     picture: Image.Image,  # of any mode
 ) -> Image.Image:  # the same, or grey of 8 bits where a channel had more
-    "Scale grey of 16 bits, of 32 bits and of floats to 8 bits; Pillow itself would cut all values off at 255."
+    """Scale grey of 16 bits, of 32 bits and of floats to 8 bits; Pillow itself would cut all values
+    off at 255."""
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"): return picture
     values = np.asarray(picture).astype(np.float64)
     low, high = values.min(), values.max()
     require(0 <= low and high <= 65535, "images", f"{picture.mode} from {low:g} to {high:g}",
             "grey values within [0, 65535]")
-    full = 65535 if high > 255 or picture.mode.startswith("I;16") else 1 if picture.mode == "F" and high <= 1 else 255
+    full = (
+        65535
+        if high > 255 or picture.mode.startswith("I;16")
+        else 1
+        if picture.mode == "F" and high <= 1
+        else 255
+    )
     return Image.fromarray((values * (255 / full)).round().astype(np.uint8))
 
 # %% ../../nbs/rewards/programs.ipynb #f6ed5356
@@ -34,13 +41,20 @@ def to_pictures(
     images: Tensor | list[Image.Image],  # (N, 3, H, W) in [0, 1], or N pictures of any size and mode; N >= 1
 ) -> list[Image.Image]:  # N pictures; RGB where they came from a tensor
     "Pictures of 8 bits a channel."
-    allowed = "floats of shape (N, 3, H, W) in [0, 1] with N >= 1, or a list of at least one PIL image"
+    allowed = (
+        "floats of shape (N, 3, H, W) in [0, 1] with N >= 1, or a list of at least one PIL image"
+    )
     if not isinstance(images, Tensor):
         good = isinstance(images, (list, tuple)) and len(images) > 0
         good = good and all(isinstance(picture, Image.Image) for picture in images)
         require(good, "images", images, allowed)
         return [eight_bits(picture) for picture in images]
-    good = images.is_floating_point() and images.ndim == 4 and images.shape[1] == 3 and images.numel() > 0
+    good = (
+        images.is_floating_point()
+        and images.ndim == 4
+        and images.shape[1] == 3
+        and images.numel() > 0
+    )
     require(good, "images", f"{images.dtype} of shape {tuple(images.shape)}", allowed)
     outside = images[~((images >= 0) & (images <= 1))]
     require(len(outside) == 0, "images", f"{outside[:3].tolist()} among the values", allowed)
@@ -54,7 +68,8 @@ def check_scores(
 ) -> Tensor:  # (N,) float32 on the CPU
     "One finite number for each picture, or an error."
     scores = torch.as_tensor(scores).detach().float().cpu()
-    require(scores.shape == (count,), "rewards", f"shape {tuple(scores.shape)}", f"of shape ({count},), one a picture")
+    require(scores.shape == (count,), "rewards", f"shape {tuple(scores.shape)}",
+            f"of shape ({count},), one a picture")
     bad = scores[~scores.isfinite()]
     require(len(bad) == 0, "rewards", f"{bad[:3].tolist()} among {count} values", "finite")
     return scores
@@ -101,10 +116,12 @@ class Reward:
 class Compressibility(Reward):
     "Minus the kilobytes of a picture's JPEG (DDPO)."
     def __init__(self, quality: int = 95):  # of the JPEG, 1 to 100
-        require(type(quality) is int and 1 <= quality <= 100, "quality", quality, "an integer from 1 to 100")
+        require(type(quality) is int and 1 <= quality <= 100, "quality", quality,
+                "an integer from 1 to 100")
         self.quality = quality
 
     def score(self, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
         files = [io.BytesIO() for _ in pictures]
-        for picture, file in zip(pictures, files): picture.convert("RGB").save(file, "JPEG", quality=self.quality)
+        for picture, file in zip(pictures, files):
+            picture.convert("RGB").save(file, "JPEG", quality=self.quality)
         return [-len(file.getvalue()) / 1000 for file in files]

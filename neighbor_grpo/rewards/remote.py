@@ -80,7 +80,8 @@ def read_header(
     good = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
     require(good, "prompts", about["prompts"][:80], "a list of texts")
     "".join(prompts).encode()  # fails for half a surrogate pair, which is no text
-    require(len(prompts) == len(header) > 0, "prompts", len(prompts), f"one for each of {len(header)} images")
+    require(len(prompts) == len(header) > 0, "prompts", len(prompts),
+            f"one for each of {len(header)} images")
     for image in (header[str(k)] for k in range(len(header))):
         height, width, channels = image["shape"]
         good = image["dtype"] == "U8" and channels == 3 and 0 < height <= SIDE and 0 < width <= SIDE
@@ -100,8 +101,10 @@ def unpack_request(
 
 # %% ../../nbs/rewards/remote.ipynb #4acb6f39
 TOKEN = "NEIGHBOR_GRPO_TOKEN"  # of the environment: what a client sends and a server asks for
-SECRETS = (r"//[^/?#\n]*@|"  # user and password before the name of a machine
-           r"[?&;#](?:[^=&\n]*[-_.])?(?:token|key|apikey|password|passwd|pwd|secret|auth|sig|signature)=")
+SECRETS = (
+    r"//[^/?#\n]*@|"  # user and password before the name of a machine
+    r"[?&;#](?:[^=&\n]*[-_.])?(?:token|key|apikey|password|passwd|pwd|secret|auth|sig|signature)="
+)
 
 
 def token() -> str:  # "": none
@@ -116,11 +119,14 @@ def refuse_secrets(
     text: str,  # an address, or a list of rewards with addresses in it
     names: Iterable[str] = (),  # of the rewards that may be in the list
 ) -> None:
-    "An error for a password or a token in an address: it names a better place, and repeats nothing."
+    """An error for a password or a token in an address: it names a better place, and repeats
+    nothing."""
     following = rf",\s*(?:[^*@,/]+\*)?(?:{'|'.join(names)})@"
     if re.search(SECRETS, re.sub(following, "\n", text) if names else text, re.IGNORECASE):
-        raise ValueError("url must be without user, password or token, since it is written into files; put "
-                         f"the token into the environment variable {TOKEN}, here and at the server")
+        raise ValueError(
+            "url must be without user, password or token, since it is written into files; put "
+            f"the token into the environment variable {TOKEN}, here and at the server"
+        )
 
 
 def checked_url(
@@ -147,7 +153,8 @@ class Server(uvicorn.Server):
     "Accepts one connection at a time, and keeps others waiting."
     async def startup(self, sockets: list[socket.socket]) -> None:
         await super().startup(sockets)
-        sockets[0].listen(1024)  # asyncio was told 1: it would try as often at the limit of open files
+        # asyncio was told 1: it would try as often at the limit of open files
+        sockets[0].listen(1024)
 
 
 class Hurried(H11Protocol):
@@ -168,7 +175,9 @@ class Hurried(H11Protocol):
     def send_400_response(self, reason: str) -> None:
         "What h11 does not understand; if it asks for a page, it gets what other pages get."
         status = b"501 Not Implemented" if self.first == b"GET " else b"400 Bad Request"
-        self.transport.write(b"HTTP/1.1 %s\r\nConnection: close\r\n\r\n%s\n" % (status, reason.encode()))
+        self.transport.write(
+            b"HTTP/1.1 %s\r\nConnection: close\r\n\r\n%s\n" % (status, reason.encode())
+        )
         self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -184,7 +193,9 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         return socket.create_server(address[:2], family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as e:
-        raise ValueError(f"host and port must be free on this machine, got {host!r} and {port}: {e}") from e
+        raise ValueError(
+            f"host and port must be free on this machine, got {host!r} and {port}: {e}"
+        ) from e
 
 
 def reply(content: dict, status: int = 200) -> JSONResponse:
@@ -217,10 +228,21 @@ class RewardServer:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
         routes = [Route("/", self.front_page), Route("/{path:path}", nothing_else),
                   Route("/{path:path}", self.respond, methods=["POST"])]
-        self.server = Server(uvicorn.Config(
-            Starlette(routes=routes, exception_handlers={405: nothing_else}), http=Hurried, ws="none",
-            loop="asyncio", lifespan="off", backlog=1, log_config=None, log_level="error", access_log=False,
-            server_header=False, timeout_graceful_shutdown=grace))
+        self.server = Server(
+            uvicorn.Config(
+                Starlette(routes=routes, exception_handlers={405: nothing_else}),
+                http=Hurried,
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                backlog=1,
+                log_config=None,
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=grace,
+            )
+        )
 
     def answer(self, body: bytes) -> tuple[int, dict]:
         "Status and content of the answer to one request."
@@ -258,13 +280,15 @@ class RewardServer:
             status, content = await future
         except Refused as e: status, content = e.status, dict(error=str(e))
         except ClientDisconnect: status, content = 400, dict(error="the request ends in the middle")
-        except TimeoutError: status, content = 408, dict(error=f"not sent within {self.seconds:g} s")
+        except TimeoutError:
+            status, content = 408, dict(error=f"not sent within {self.seconds:g} s")
         except asyncio.CancelledError: status, content = 503, dict(error="the server is stopping")
         finally: self.release(parts)
         return reply(content, status)
 
     async def receive(self, request: Request, parts: list[bytes]) -> None:
-        "Put the body into a list, or refuse it: after it is read, or the client may miss the answer."
+        """Put the body into a list, or refuse it: after it is read, or the client may miss the
+        answer."""
         refusal = self.refusal(request)
         if refusal and "expect" in request.headers: raise refusal  # the body is not on its way
         async for part in request.stream():
@@ -297,7 +321,8 @@ class RewardServer:
     def inspect(self, body: bytes) -> None:
         "Refuse a body that has too many pictures, or is not what `pack_request` writes."
         size = int.from_bytes(body[:8], "little")
-        if 2**23 < size <= len(body): raise Refused(413, "a request with more than 8 MiB of texts and sizes")
+        if 2**23 < size <= len(body):
+            raise Refused(413, "a request with more than 8 MiB of texts and sizes")
         if body.count(b'"dtype"', 8, 8 + min(size, 2**23)) > self.pictures:
             raise Refused(413, f"a request of more than {self.pictures} pictures")
         try: read_header(body)
@@ -306,8 +331,15 @@ class RewardServer:
     async def front_page(self, request: Request) -> JSONResponse:
         "What is served here, and what a request may be."
         limits = dict(bytes=self.limit, bytes_of_all=self.total, pictures=self.pictures, side=SIDE)
-        return reply(dict(neighbor_grpo=version("neighbor_grpo"), rewards=self.names, limits=limits,
-                          request="POST what neighbor_grpo.rewards.remote.pack_request writes", token=bool(self.token)))
+        return reply(
+            dict(
+                neighbor_grpo=version("neighbor_grpo"),
+                rewards=self.names,
+                limits=limits,
+                request="POST what neighbor_grpo.rewards.remote.pack_request writes",
+                token=bool(self.token),
+            )
+        )
 
     def serve_forever(self) -> None:
         "Until SIGINT, SIGTERM or `close`."
@@ -339,11 +371,14 @@ def trusted(
     url: str,
 ) -> ssl.SSLContext | bool:  # True: the authorities of the system
     "Whom to trust: the authorities in the file or folder that the environment names."
-    if url.startswith("http:"): return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # is not used, and opens fast
+    if url.startswith("http:"):
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # is not used, and opens fast
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR"):
         if path := os.environ.get(name):
             require(os.path.exists(path), name, path, "a file or folder of certificates")
-            return ssl.create_default_context(**{"capath" if os.path.isdir(path) else "cafile": path})
+            return ssl.create_default_context(
+                **{"capath" if os.path.isdir(path) else "cafile": path}
+            )
     return True
 
 
@@ -353,7 +388,8 @@ async def exchange(
     most: int,  # bytes to read of the answer
     seconds: float,  # for all of it
 ) -> tuple[int, dict[str, str], bytes]:  # status, headers, and at most `most + 1` bytes as they came
-    "Ask once. Nothing is followed or decompressed; the environment gives a token and authorities only."
+    """Ask once. Nothing is followed or decompressed; the environment gives a token and authorities
+    only."""
     headers = {"Content-Type": BYTES, "Accept-Encoding": "identity"}
     if token(): headers["Authorization"] = f"Bearer {token()}"
     found, authorities = b"", trusted(url)
@@ -402,7 +438,8 @@ def text_of(
 
 
 def bytes_of_answer(count: int) -> int:
-    "More than the answer for so many pictures takes: a number is written with fewer than 30 letters."
+    """More than the answer for so many pictures takes: a number is written with fewer than 30
+    letters."""
     return 4096 + 64 * count
 
 
@@ -439,7 +476,8 @@ class RemoteReward(Reward):
                  timeout: float = 300.0,  # seconds of an attempt, from its name to its last byte
                  patience: float = 600.0):  # seconds, after which no other attempt begins
         self.url, self.timeout, self.patience = checked_url(url), timeout, patience
-        for name in ("timeout", "patience"): require(vars(self)[name] > 0, name, vars(self)[name], "> 0")
+        for name in ("timeout", "patience"):
+            require(vars(self)[name] > 0, name, vars(self)[name], "> 0")
 
     @classmethod
     def check_source(cls, source: str) -> None:
@@ -479,7 +517,8 @@ class RemoteReward(Reward):
         "One attempt: the rewards, `Unavailable` if another may help, a RuntimeError if none will."
         most = bytes_of_answer(count)
         try: answer = within(self.timeout + 1, exchange, self.url, body, most, self.timeout)
-        except TimeoutError as e: raise Unavailable(f"no complete answer in {self.timeout:g} s") from e
+        except TimeoutError as e:
+            raise Unavailable(f"no complete answer in {self.timeout:g} s") from e
         except (httpx2.HTTPError, OSError) as e:
             reason = one_line(reason_of(e))
             if not reason.startswith("SSLCertVerificationError"): raise Unavailable(reason) from e
@@ -493,7 +532,9 @@ class RemoteReward(Reward):
         "Raise what a status calls for; 200 calls for nothing."
         said = f"status {status}: {text_of(content)}"
         if status == 500: raise RuntimeError(f"the judge at {self.url} failed with {said}")
-        if status in (301, 308, 501, 505) or (400 <= status < 500 and status not in (408, 425, 429)):
+        if status in (301, 308, 501, 505) or (
+            400 <= status < 500 and status not in (408, 425, 429)
+        ):
             raise RuntimeError(f"{self.url} refuses the request with {said}")
         if status != 200:
             error = Unavailable(said)

@@ -131,7 +131,7 @@ class TMPO(SDEGRPO):
     R)`. Without its tree."""
     steps: int = 6
     "T, solver steps of a rollout; the authors' setting for FLUX."
-    shift: float = 3.0
+    shift: float | None = 3.0
     "Time shift of the grid."
     trained_steps: int = 5
     "K, noisy steps whose log-probabilities make up a trajectory's: all but the last."

@@ -48,15 +48,18 @@ GIVEN = ("prompts", "held_out")  # settings that name a file
 class ImagesSettings(PipelineSettings):
     "A large model: which, on what prompts, for which rewards, with how much memory."
     source: str = ""
-    "The pipeline: a folder, the name of a model on the hub, or miniature: the small SD3 of this package, for 32 x 32 pixels."
+    """The pipeline: a folder, the name of a model on the hub, or miniature: the small SD3 of this
+    package, for 32 x 32 pixels."""
     prompts: str = ""
     "File of the prompts to train on; without it those of the package."
     held_out: str = ""
-    "File of the prompts to evaluate on; without it those of the package, or the last eighth of `prompts` if that is given."
+    """File of the prompts to evaluate on; without it those of the package, or the last eighth of
+    `prompts` if that is given."""
     train_prompts: int = 0
     "Train on so many prompts, the first of the file; 0: on all."
     rewards: str = "compressibility"
-    "[WEIGHT*]NAME[@SOURCE], with commas between them: compressibility, clip, pickscore, hps, aesthetic, remote@URL."
+    """[WEIGHT*]NAME[@SOURCE], with commas between them: compressibility, clip, pickscore, hps,
+    aesthetic, remote@URL."""
     combine: Literal["advantages", "rewards"] = "advantages"
     "Several rewards: add what is standardised within each group, or the rewards as they are."
     height: int = 512
@@ -90,7 +93,9 @@ class ImagesSettings(PipelineSettings):
         rewards = [name + at + found(place) for name, at, place in rewards]
         given = {name: getattr(self, name) for name in GIVEN}
         paths = {name: path and os.path.abspath(path) for name, path in given.items()}
-        for name, value in dict(paths, source=absolute(self.source), rewards=",".join(rewards)).items():
+        for name, value in dict(
+            paths, source=absolute(self.source), rewards=",".join(rewards)
+        ).items():
             object.__setattr__(self, name, value)  # holds in any working directory
 
 # %% ../../nbs/tasks/images.ipynb #eb8499e5
@@ -99,9 +104,11 @@ def split_prompts(
 ) -> tuple[list[str], list[str]]:  # to train on, held out
     "Prompts to train on, and others."
     train = read_prompts(settings.prompts or OWN / "train.txt")
-    if settings.held_out or not settings.prompts: held = read_prompts(settings.held_out or OWN / "held-out.txt")
+    if settings.held_out or not settings.prompts:
+        held = read_prompts(settings.held_out or OWN / "held-out.txt")
     else:
-        require(len(train) >= 2, "prompts", settings.prompts, "a file of at least two prompts where held_out is not given")
+        require(len(train) >= 2, "prompts", settings.prompts,
+                "a file of at least two prompts where held_out is not given")
         held, train = train[-max(1, len(train) // 8):], train[:-max(1, len(train) // 8)]
     kept_out = set(held)
     train = [prompt for prompt in train if prompt not in kept_out][:settings.train_prompts or None]
@@ -130,10 +137,12 @@ def check_files(
     moved = inputs.get("parent") != os.path.dirname(os.path.abspath(folder))
     for name in GIVEN if inputs else ():
         given, was = getattr(settings, name), inputs.get(name)
-        require(was is not None or not given, name, given, f"left out, as when the run began{anyway}")
+        require(was is not None or not given, name, given,
+                f"left out, as when the run began{anyway}")
         if was is None: continue
         path, began = Path(given), "the file that the run began with, which"
-        if path.is_file(): require(checksum(path) == was, name, given, f"{began} changed since{anyway}")
+        if path.is_file():
+            require(checksum(path) == was, name, given, f"{began} changed since{anyway}")
         else: require(moved or not path.parent.is_dir(), name, given, f"{began} is gone{anyway}")
 
 
@@ -159,9 +168,11 @@ def keep_inputs(
     "Copy the prompts into the run folder, and remember what they and the pipeline came from."
     if not folder or world()[0] > 0: return
     path = Path(folder) / "prompts.json"
-    if not path.exists(): write_atomically(path, json.dumps(seal(dict(train=train, held_out=held)), indent=1))
+    if not path.exists():
+        write_atomically(path, json.dumps(seal(dict(train=train, held_out=held)), indent=1))
     files = {name: Path(getattr(settings, name)) for name in GIVEN}
-    write_inputs(folder, settings.source, **{name: checksum(file) for name, file in files.items() if file.is_file()})
+    write_inputs(folder, settings.source,
+                 **{name: checksum(file) for name, file in files.items() if file.is_file()})
 
 # %% ../../nbs/tasks/images.ipynb #ffda094e
 def fingerprint(settings: ImagesSettings, prompts: list[str]) -> str:
@@ -176,7 +187,8 @@ def is_kept(path: Path, key: str) -> bool:
     with safe_open(path, "pt") as file: return (file.metadata() or {}).get("key") == key
 
 # %% ../../nbs/tasks/images.ipynb #4e012c73
-TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # as safetensors calls them
+# as safetensors calls them
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 def begin_file(
     file: BinaryIO,
@@ -185,9 +197,12 @@ def begin_file(
     key: str,  # for the metadata
 ) -> dict[str, int]:  # where each tensor begins, in bytes
     "The header of a safetensors file, in which the sizes stand before the numbers."
-    ends = list(itertools.accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values()))
+    ends = list(
+        itertools.accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values())
+    )
     places = dict(zip(shapes, zip([0, *ends], ends)))
-    header = {name: dict(dtype=TYPES[dtype], shape=shapes[name], data_offsets=places[name]) for name in shapes}
+    header = {name: dict(dtype=TYPES[dtype], shape=shapes[name], data_offsets=places[name])
+              for name in shapes}
     text = json.dumps({"__metadata__": {"key": key}} | header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -203,7 +218,9 @@ def collect(
     told, done = {}, 0
     for part in parts:
         for name, value in part.items():
-            told.setdefault(name, torch.empty(count, *value.shape[1:], dtype=dtype))[done:done + len(value)] = value
+            told.setdefault(name, torch.empty(count, *value.shape[1:], dtype=dtype))[
+                done : done + len(value)
+            ] = value
         done += len(value)
     return told
 
@@ -219,7 +236,9 @@ def write_encoded(
     with open(path, "wb") as file:
         starts, done = None, 0
         for part in parts:
-            starts = starts or begin_file(file, {name: (count, *value.shape[1:]) for name, value in part.items()}, dtype, key)
+            starts = starts or begin_file(
+                file, {name: (count, *value.shape[1:]) for name, value in part.items()}, dtype, key
+            )
             for name, value in part.items():
                 file.seek(starts[name] + done * value[0].numel() * dtype.itemsize)
                 file.write(value.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
@@ -234,7 +253,8 @@ def say_cut(
     max_sequence_length: int,  # tokens of the T5 encoder
 ) -> None:
     "One line on standard error if prompts are longer than what is read of them."
-    cut = [f"{count} at {limit}" for limit, count in count_cut(pipeline, prompts, max_sequence_length).items()]
+    cut = [f"{count} at {limit}"
+           for limit, count in count_cut(pipeline, prompts, max_sequence_length).items()]
     if cut: print(f"of {len(prompts)} prompts, {' and '.join(cut)} are cut", file=sys.stderr)
 
 # %% ../../nbs/tasks/images.ipynb #830ffa11
@@ -312,15 +332,20 @@ class ImagesTask(PipelineTask):
         require(family in FAMILIES, "family", family, f"one of {', '.join(FAMILIES)}")
         self.family = FAMILIES[family]
         kind = self.family.pipeline.__name__
-        require(bool(settings.source), "source", settings.source or None, f"a folder with a {kind}, "
-                "or its name on the hub; miniature is a small SD3 to try")
+        require(
+            bool(settings.source),
+            "source",
+            settings.source or None,
+            f"a folder with a {kind}, or its name on the hub; miniature is a small SD3 to try",
+        )
         self.settings, s = settings, settings
         inputs = read_inputs(folder)
         self.revision = check_source(s.source, inputs)
         train, held = run_prompts(s, folder, inputs)
         if progress and not inputs and world()[0] == 0: say_held(s, train, held)
         self.device = choose_device(s.device, s.min_memory)
-        judges, weights = make_rewards(s.rewards, self.device)  # float32: scores of a group are close
+        # float32: scores of a group are close
+        judges, weights = make_rewards(s.rewards, self.device)
         self.names = reward_names(s.rewards)
         self.judge = Rewards(judges, weights, s.combine == "rewards")
         self.reward_weights = None if self.judge.total else weights
@@ -342,7 +367,8 @@ class ImagesTask(PipelineTask):
     def open(self, encoders: bool = True) -> DiffusionPipeline:
         "The pipeline as it was before training, read again."
         s, dtype = self.settings, getattr(torch, self.settings.precision)
-        return open_pipeline(self.family, s.source, dtype, encoders=encoders, revision=self.revision)
+        return open_pipeline(self.family, s.source, dtype, encoders=encoders,
+                             revision=self.revision)
 
     @property
     def base(self) -> nn.Module:

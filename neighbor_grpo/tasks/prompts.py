@@ -26,7 +26,8 @@ def read_text(
     except UnicodeDecodeError as e:
         byte = f"byte 0x{e.object[e.start]:02x} is not UTF-8, in which the file must be saved"
         raise ValueError(f"line {number(e.object[:e.start])}: {byte}") from e
-    if "\0" in text: raise ValueError(f"line {number(data[:data.index(0)])}: a NUL byte, which no text has")
+    if "\0" in text:
+        raise ValueError(f"line {number(data[:data.index(0)])}: a NUL byte, which no text has")
     return re.sub("\r\n?", "\n", text)
 
 # %% ../../nbs/tasks/prompts.ipynb #c0000012
@@ -39,7 +40,10 @@ def csv_rows(
     place, line, first, row = 0, 1, 1, []
     while not row or place < len(text) or text[place - 1] == ",":
         field = CSV_FIELD.match(text, place)
-        if not field: raise ValueError(f"line {line}: a quote inside a field without quotes, or one that never closes")
+        if not field:
+            raise ValueError(
+                f"line {line}: a quote inside a field without quotes, or one that never closes"
+            )
         quoted, plain, end = field.groups()
         row.append(plain if quoted is None else quoted.replace('""', '"'))
         line, place = line + field[0].count("\n"), field.end()
@@ -65,7 +69,9 @@ def table(
     _, header = next(rows, (1, []))
     for line, row in rows:
         if len(row) != len(header):
-            found = f"line {line} has {len(row)} field{'s'[:len(row) > 1]}, the header {len(header)}"
+            found = (
+                f"line {line} has {len(row)} field{'s'[: len(row) > 1]}, the header {len(header)}"
+            )
             raise ValueError(f"{found}; {advice}" if len(row) > len(header) else found)
         yield line, tuple(zip(header, row))
 
@@ -79,7 +85,8 @@ def json_lines(
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
         try: entry = JSON.decode(line)
-        except json.JSONDecodeError as e: raise ValueError(f"line {number}: {e.msg} at column {e.colno}") from e
+        except json.JSONDecodeError as e:
+            raise ValueError(f"line {number}: {e.msg} at column {e.colno}") from e
         yield number, entry
 
 
@@ -108,10 +115,13 @@ def text_in(
     "The prompt of an entry."
     found, known = [entry], ", ".join(PROMPT_KEYS)
     if isinstance(entry, tuple):
-        named = ([value for name, value in entry if name.strip().lower() == key] for key in PROMPT_KEYS)
+        named = ([value for name, value in entry if name.strip().lower() == key]
+                 for key in PROMPT_KEYS)
         found = next((values for values in named if values), [])
     if len(found) != 1 or not isinstance(found[0], str):
-        raise ValueError(f"line {line}: not one text, alone or under {known}: {reprlib.repr(entry)}")
+        raise ValueError(
+            f"line {line}: not one text, alone or under {known}: {reprlib.repr(entry)}"
+        )
     wrong = re.search("[\0\ud800-\udfff]", found[0])
     if wrong: raise ValueError(f"line {line}: {wrong[0]!r}, which is not a character of a text")
     return " ".join(found[0].split())
@@ -130,10 +140,14 @@ def read_prompts(
     kind = path.suffix.lower()
     require(path.is_file(), "prompts", str(path), "a file")
     require(kind in FORMATS, "prompts", str(path), f"a file that ends in {', '.join(FORMATS)}")
-    try: found = dict.fromkeys(text_in(entry, line) for line, entry in FORMATS[kind](read_text(path)))
+    try:
+        found = dict.fromkeys(text_in(entry, line)
+                              for line, entry in FORMATS[kind](read_text(path)))
     except (ValueError, RecursionError) as e:
         reason = "it is nested too deeply" if isinstance(e, RecursionError) else e
-        raise ValueError(f"prompts must be a {kind} file of texts, got {str(path)!r}: {reason}") from e
+        raise ValueError(
+            f"prompts must be a {kind} file of texts, got {str(path)!r}: {reason}"
+        ) from e
     found.pop("", None)
     require(bool(found), "prompts", str(path), "a file with at least one prompt")
     return list(found)

@@ -208,7 +208,8 @@ def draw_layout(
         for i, names in enumerate((COLOURS, SHAPES))
     )
     low, high = torch.tensor([RADII[c.kind] for c in captions]).unsqueeze(1).unbind(-1)
-    way = torch.tensor([RELATIONS.get(c.relation or "", (0, 0)) for c in captions], dtype=torch.float32)
+    way = torch.tensor([RELATIONS.get(c.relation or "", (0, 0)) for c in captions],
+                       dtype=torch.float32)
     centre, radius, ends = torch.zeros(n, most, 2), torch.zeros(n, most), there.sum(1)
     placed = torch.zeros(n, dtype=torch.long)
     failed = torch.zeros(n, dtype=torch.long)
