@@ -1,6 +1,6 @@
-"""The flat layout of earlier versions: old names of modules still work, and say where their content is now.
+"""The flat layout of earlier versions: old names of modules work, and say what the new ones are.
 
-Written by hand; nothing in the library uses it. A script that imports by new names never notices it.
+Written by hand; nothing in the library uses it, and scripts with new names never notice it.
 """
 
 import importlib
@@ -14,14 +14,23 @@ from types import ModuleType
 
 PACKAGE = "neighbor_grpo"
 
-# Modules that moved as a whole: the old name is another one of the same module, also for what is patched in it.
+# Modules that moved as a whole: the old name is another one of the same module, patches included.
 WHOLE = {
-    "benchmark": "lab.benchmark", "compare": "lab.compare", "cost": "lab.cost", "orphans": "lab.orphans",
-    "flux": "models.flux", "miniature": "models.miniature",
+    "benchmark": "lab.benchmark",
+    "compare": "lab.compare",
+    "cost": "lab.cost",
+    "orphans": "lab.orphans",
+    "flux": "models.flux",
+    "miniature": "models.miniature",
     "remote": "rewards.remote",
-    "forward": "rivals.forward", "mixed": "rivals.mixed", "options": "rivals.modifiers",
+    "forward": "rivals.forward",
+    "mixed": "rivals.mixed",
+    "options": "rivals.modifiers",
     "folder": "runs.folder",
-    "digits": "tasks.digits", "images": "tasks.images", "prompts": "tasks.prompts", "scenes": "tasks.scenes",
+    "digits": "tasks.digits",
+    "images": "tasks.images",
+    "prompts": "tasks.prompts",
+    "scenes": "tasks.scenes",
     "toy2d": "tasks.toy2d",
 }
 
@@ -31,12 +40,21 @@ PARTS = {
     "distributed": ("runs.processes", "runs.tracking", "runs.machine"),
     "flow": ("toyflows",),
     "rewards": ("rewards.programs", "rewards.remote", "rewards.judges", "runs.machine"),
-    "rivals": ("rivals.catalogue", "rivals.trajectories", "neighbor", "rollouts", "rivals.gaussian", "rivals.mixed",
-               "rivals.forward"),
+    "rivals": (
+        "rivals.catalogue",
+        "rivals.trajectories",
+        "neighbor",
+        "rollouts",
+        "rivals.gaussian",
+        "rivals.mixed",
+        "rivals.forward",
+    ),
     "sd3": ("models.pipeline", "models.sd3", "runs.machine"),
     "training": ("runs.trainer", "runs.folder"),
 }
-STARRED = {"training": ["Checkpoints", "Trainer", "plot_run", "read_rows", "run_config"]}  # `import *` finds these, too
+STARRED = {
+    "training": ["Checkpoints", "Trainer", "plot_run", "read_rows", "run_config"]
+}
 GONE = ("algorithms", "distributed", "sd3")  # nothing of these names is left
 
 
@@ -47,7 +65,7 @@ def warn(old: str, new: str) -> None:
 
 
 class Asked:
-    "What a module does when it is asked for a name that it does not have: the `__getattr__` of the module."
+    "What a module does when asked for a name that it does not have: its `__getattr__`."
 
     def __init__(self, module: str):
         self.module = module
@@ -62,7 +80,7 @@ class Asked:
         raise AttributeError(f"module {full!r} has no attribute {name!r}")
 
     def is_own(self, full: str, name: str) -> bool:
-        "Is it a special name, or that of a module in this package, which is only about to be imported?"
+        "Is it a special name, or that of a module which is about to be imported?"
         if name.startswith("__"):
             return True
         return hasattr(sys.modules[full], "__path__") and find_spec(f"{full}.{name}") is not None
@@ -79,7 +97,9 @@ class Alias(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.spec  # that of the new name, which importing it by the old one has replaced
+        module.__spec__ = (
+            self.spec
+        )  # that of the new name, which importing it by the old one has replaced
 
 
 class Remains(Loader):
@@ -108,8 +128,9 @@ class Extended(SourceFileLoader):
 class Moved(MetaPathFinder):
     "Finds modules of this package by the names that they had."
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None,
-                  target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, old = name.partition(".")
         if package != PACKAGE or old not in WHOLE and old not in PARTS:
             return None

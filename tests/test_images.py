@@ -156,9 +156,7 @@ def test_saved_policies_give_the_same_images_in_plain_diffusers(folder, kind, ra
 def test_average_and_resume(folder, tmp_path):
     "A run that was stopped and one that was not: the same weights and figures."
     algorithm = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
-    settings = TrainSettings(
-        iterations=4, groups=2, lr=1e-2, kl_weight=0.1, ema=0.5, eval_every=2, checkpoint_every=2
-    )
+    settings = TrainSettings(iterations=4, groups=2, lr=1e-2, kl_weight=0.1, ema=0.5, eval_every=2, checkpoint_every=2)
 
     def run(out, iterations, resume=False):
         task = make(folder, "sd35", 4, tmp_path / out, eval_images=4)

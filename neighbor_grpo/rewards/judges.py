@@ -34,7 +34,7 @@ from .remote import RewardServer  # noqa: F401 (for `serve`)
 # %% ../../nbs/rewards/judges.ipynb #65ee1bfe
 def middle(picture: Image.Image,  # any size, any mode
            size: int,  # pixels along a side
-           half: Callable[[float], int]) -> Image.Image:  # rounds the place of the cut: `math.floor` or `round`
+           half: Callable[[float], int]) -> Image.Image:  # rounds the cut: `math.floor` or `round`
     "Resize the shorter side, bicubic, and cut out the middle."
     short = min(picture.size)
     sides = [int(size * side / short) for side in picture.size]
@@ -62,7 +62,7 @@ def openai_view(picture: Image.Image,  # any size, any mode
 
 # %% ../../nbs/rewards/judges.ipynb #2d945b3a
 def padded_view(picture: Image.Image,  # any size, any mode
-                size: int) -> Tensor:  # pixels along a side -> (3, size, size), a little beyond [0, 1] at sharp edges
+                size: int) -> Tensor:  # pixels -> (3, size, size), at sharp edges beyond [0, 1]
     "What HPS shows to its network."
     pixels = pixels_of(picture)
     scale = size / max(picture.size)
@@ -145,7 +145,7 @@ class CLIPJudge(Reward):
     # c, and whether prompts are cleaned
     view, factor, cleans = staticmethod(transformers_view), 1.0, False
 
-    def __init__(self, source: str | Path | None = None,  # a folder, or a name on the hub; None: that of the authors
+    def __init__(self, source: str | Path | None = None,  # folder or name; None: the authors'
                  device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32,  # of the network; scores are float32
                  batch: int = 32):  # pictures or texts at once
@@ -322,9 +322,10 @@ class Aesthetic(CLIPJudge):
     PAGE = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
     view = staticmethod(openai_view)
 
-    def __init__(self, source: str | Path | None = None,  # CLIP: a folder, or a name on the hub; or the head's file
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 32,
-                 head: str | Path | None = None):  # its file or folder; None: the folder of CLIP, else the current one
+    def __init__(self, source: str | Path | None = None,  # CLIP's folder or name; or the head
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 batch: int = 32,
+                 head: str | Path | None = None):  # file or folder; None: CLIP's folder, else this
         if source is not None and Path(source).is_file(): source, head = None, source
         if head is None: head = source if source is not None and Path(source).is_dir() else "."
         state = load_local_or_hub(lambda offline: read_checkpoint(str(head), self.HEAD, offline),

@@ -38,7 +38,7 @@ def eight_bits(
 
 # %% ../../nbs/rewards/programs.ipynb #f6ed5356
 def to_pictures(
-    images: Tensor | list[Image.Image],  # (N, 3, H, W) in [0, 1], or N pictures of any size and mode; N >= 1
+    images: Tensor | list[Image.Image],  # (N, 3, H, W) in [0, 1], or N pictures of any size; N >= 1
 ) -> list[Image.Image]:  # N pictures; RGB where they came from a tensor
     "Pictures of 8 bits a channel."
     allowed = (
@@ -83,7 +83,7 @@ class Reward:
     "Without a source there is no such reward; else it has one of its own."
 
     def score(self, pictures: list[Image.Image],  # N >= 1, of any size and mode, 8 bits a channel
-              prompts: list[str]) -> Tensor | list[float]:  # N texts -> N finite numbers, more is better
+              prompts: list[str]) -> Tensor | list[float]:  # N -> N finite numbers, more is better
         "What a kind of reward has to define."
         raise NotImplementedError
 

@@ -212,7 +212,7 @@ async def nothing_else(request: Request, error: Exception | None = None) -> JSON
 class RewardServer:
     "Answers with a reward: `with RewardServer(reward) as server: ...`, or `.serve_forever()`."
     def __init__(self, reward: Callable,  # reward(images, prompts)
-                 host: str = "127.0.0.1",  # this machine alone; "0.0.0.0" or "::": whoever can reach it
+                 host: str = "127.0.0.1",  # this machine; "0.0.0.0" or "::": all that reach it
                  port: int = 0,  # 0: one that is free
                  limit: int = 2**28,  # bytes of a request
                  total: int = 2**29,  # bytes of all requests that arrive or wait
@@ -387,7 +387,7 @@ async def exchange(
     body: bytes,  # of the request
     most: int,  # bytes to read of the answer
     seconds: float,  # for all of it
-) -> tuple[int, dict[str, str], bytes]:  # status, headers, and at most `most + 1` bytes as they came
+) -> tuple[int, dict[str, str], bytes]:  # status, headers, at most `most + 1` bytes
     """Ask once. Nothing is followed or decompressed; the environment gives a token and authorities
     only."""
     headers = {"Content-Type": BYTES, "Accept-Encoding": "identity"}
@@ -447,7 +447,8 @@ def reason_of(
     error: BaseException,  # of a connection
 ) -> BaseException:  # the innermost
     "The error that is behind another one."
-    while inner := error.__cause__ or error.__context__ or next(iter(vars(error).get("exceptions", ())), None):
+    first = lambda e: next(iter(vars(e).get("exceptions", ())), None)  # of a group
+    while inner := error.__cause__ or error.__context__ or first(error):
         error = inner
     return error
 
