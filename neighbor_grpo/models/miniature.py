@@ -113,18 +113,9 @@ def make_pipeline(
                                  eos_token_id=clip_tokenizer.eos_token_id,
                                  pad_token_id=clip_tokenizer.pad_token_id)
     encoders = [CLIPTextModelWithProjection(clip_config) for _ in range(2)]
-    t5 = T5EncoderModel(
-        T5Config(
-            vocab_size=len(t5_tokenizer),
-            d_model=96,
-            d_kv=24,
-            d_ff=192,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-        )
-    )
+    t5 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), d_model=96, d_kv=24, d_ff=192,
+                                 num_layers=2, num_heads=4, dropout_rate=0.0,
+                                 feed_forward_proj="gated-gelu"))
     for table in [e.text_model.embeddings.token_embedding for e in encoders] + [t5.shared]:
         # the usual 0.02 makes words hard to tell apart for small encoders
         nn.init.normal_(table.weight, std=0.5)
@@ -236,24 +227,18 @@ def train_vae(
     schedule = one_cycle(optimizer, lr, steps, rise=0.05)
     parts = dict(vae=vae, optimizer=optimizer, schedule=schedule, generator=generator)
     start = snapshot.restore(**parts) if snapshot else 0
-    for step in (
-        bar := trange(start, steps, desc="autoencoder", disable=not progress, mininterval=2)
-    ):
-        x = images[
-            torch.randint(len(images), (64 if step < 0.8 * steps else 32,), generator=generator)
-        ]
+    bar = trange(start, steps, desc="autoencoder", disable=not progress, mininterval=2)
+    for step in bar:
+        count = 64 if step < 0.8 * steps else 32
+        x = images[torch.randint(len(images), (count,), generator=generator)]
         if step < 0.8 * steps:  # a quarter of the pixels teaches enough; then the border
             top, left = (4 * torch.randint(5, (2,), generator=generator)).tolist()
             x = x[:, :, top:top + 16, left:left + 16]
         x = (x.float() / 127.5 - 1).to(memory_format=torch.channels_last)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample(generator)).sample
-        error = (y - x).square().mean()
-        loss = (
-            error
-            + 0.2 * (y - x).abs().mean()
-            + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        )
+        error, pull = (y - x).square().mean(), posterior.kl().mean() / posterior.mean[0].numel()
+        loss = error + 0.2 * (y - x).abs().mean() + 2e-4 * pull
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

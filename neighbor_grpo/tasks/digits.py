@@ -173,39 +173,22 @@ class DigitsTask(Task):
         images, labels = load_images()
         mine, other = halves(len(images))
         torch.manual_seed(seed)
-        self.reward_model = load_or_train(
-            folder,
-            "reward",
-            Classifier(16),
-            lambda network: train_classifier(network, images[mine], labels[mine], seed=seed),
-        )
-        self.judge = load_or_train(
-            folder,
-            "judge",
-            Classifier(24),
-            lambda network: train_classifier(network, images[other], labels[other], seed=seed + 1),
-        )
+
+        def classifier(name: str, width: int, rows: Tensor, seed: int) -> Classifier:
+            fit = lambda network: train_classifier(network, images[rows], labels[rows], seed=seed)
+            return load_or_train(folder, name, Classifier(width), fit)
+
+        self.reward_model = classifier("reward", 16, mine, seed)
+        self.judge = classifier("judge", 24, other, seed + 1)
 
         def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
             rows = torch.randint(len(images), (128,), generator=generator)
             nameless = torch.rand(128, generator=generator) < 0.1
             return images[rows], labels[rows].masked_fill(nameless, NULL)
 
-        snapshot = snapshot_of(folder, "base")
-        self.base = base = load_or_train(
-            folder,
-            "base",
-            UNet(),
-            lambda network: train_flow(
-                network,
-                batch,
-                settings.pretrain_steps,
-                4e-3,
-                seed=seed,
-                progress=progress,
-                snapshot=snapshot,
-            )[0],
-        )
+        more = dict(seed=seed, progress=progress, snapshot=snapshot_of(folder, "base"))
+        pretrain = lambda network: train_flow(network, batch, settings.pretrain_steps, 4e-3, **more)[0]
+        self.base = base = load_or_train(folder, "base", UNet(), pretrain)
         self.policy = copy.deepcopy(base).requires_grad_(True)
         self.real = images[labels == settings.target] if settings.reward == "class" else images
 
