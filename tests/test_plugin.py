@@ -1,4 +1,4 @@
-"""One file outside the package adds an algorithm, a modifier, a task and a reward; its runs are runs like any other."""
+"""A file outside the package adds an algorithm, a modifier, a task, a reward, a family; its runs are like any other."""
 
 import json
 import pickle
@@ -9,11 +9,18 @@ from importlib.metadata import EntryPoint
 from unittest.mock import patch
 
 import pytest
+import torch
+from tiny import tiny_auraflow
 
 from neighbor_grpo.cli import TASKS, Entry, main, read_command
+from neighbor_grpo.models.pipeline import PipelinePolicy, PipelineSettings, decode, encode_prompts
+from neighbor_grpo.rewards.judges import REWARDS
 from neighbor_grpo.rivals.catalogue import ALGORITHMS, MODIFIERS
 from neighbor_grpo.runs import plugins
 from neighbor_grpo.runs.folder import Checkpoints, read_rows
+from neighbor_grpo.runs.machine import quiet
+from neighbor_grpo.solvers import solve
+from neighbor_grpo.tasks.images import FAMILIES
 from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
 
 PLUGIN = """
@@ -23,11 +30,11 @@ import torch
 from torch import nn
 
 from neighbor_grpo.cli import TASKS, Entry
-from neighbor_grpo.flow import VelocityMLP
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rewards.judges import REWARDS, make_rewards
 from neighbor_grpo.rewards.programs import Reward
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.toyflows import VelocityMLP
 from neighbor_grpo.training import Task
 
 
@@ -86,6 +93,35 @@ ALGORITHMS["stepped"] = Stepped
 TASKS["patch"] = Entry(PatchTask, PatchSettings, "patches that become red; seconds on a CPU")
 REWARDS["redness"] = Redness
 """
+FAMILY = """
+from diffusers import AuraFlowPipeline
+
+from neighbor_grpo.models.pipeline import Family
+from neighbor_grpo.tasks.images import FAMILIES
+
+
+class AuraFlow(Family):
+    "One text encoder, and nothing for the whole prompt."
+    pipeline, guidance = AuraFlowPipeline, "classifier_free"
+    blocks = ("joint_transformer_blocks", "single_transformer_blocks")
+
+    def encode(self, pipeline, prompts, max_sequence_length):
+        embeds, *_ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=pipeline.text_encoder.device,
+            max_sequence_length=max_sequence_length)
+        return embeds, embeds.new_zeros(len(prompts), 1)
+
+    def latent_shape(self, pipeline, height, width):
+        scale = pipeline.vae_scale_factor
+        return pipeline.transformer.config.in_channels, height // scale, width // scale
+
+    def velocity(self, transformer, x, t, embeds, pooled, scale):
+        return transformer(x, embeds, t, return_dict=False)[0]
+
+
+FAMILIES["mine"] = AuraFlow()
+TASKS["mine"] = Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings", "any AuraFlow", dict(family="mine"))
+"""
 LIGHT = """
 from dataclasses import dataclass
 
@@ -131,7 +167,7 @@ def mine(tmp_path):
 @pytest.fixture(autouse=True)
 def forgotten():
     "What a plugin adds to this process is gone after each test."
-    known = (TASKS, ALGORITHMS, MODIFIERS, plugins.LOADED, plugins.GIVEN)
+    known = (TASKS, ALGORITHMS, MODIFIERS, REWARDS, FAMILIES, plugins.LOADED, plugins.GIVEN)
     patches = [patch.dict(entries) for entries in known]
     for each in patches:
         each.start()
@@ -168,10 +204,17 @@ def said(words, capsys):
     return lines[0]
 
 
-def test_a_run_of_a_plugin_is_trained_killed_resumed_and_evaluated(tmp_path):
-    plugin, out = tmp_path / "whole.py", tmp_path / "run"
-    plugin.write_text(PLUGIN)
-    words = ["train", "patch", "--algorithm", "stepped", "--levels", 3, *SMALL, "--out", out, "--plugin", plugin]
+@pytest.mark.parametrize("task", ["patch", "mine"])
+def test_a_run_of_a_plugin_is_trained_killed_resumed_and_evaluated(task, tmp_path):
+    plugin, out, more, rewards = tmp_path / "whole.py", tmp_path / "run", [], "redness"
+    plugin.write_text(PLUGIN + FAMILY * (task == "mine"))
+    if task == "mine":
+        with quiet():
+            tiny_auraflow().save_pretrained(tmp_path / "auraflow")
+        rewards = "2*redness,compressibility"
+        more = f"--source {tmp_path}/auraflow --rewards {rewards} --height 16 --width 16 --lora_rank 4".split()
+        more += "--guidance_scale 2 --train_prompts 4 --max_sequence_length 12 --eval_images 4 --eval_steps 2".split()
+    words = ["train", task, "--algorithm", "stepped", "--levels", 3, *SMALL, *more, "--out", out, "--plugin", plugin]
     process = shell(*words, "--iterations", 100_000, "--checkpoint_every", 2, wait=False)
     checkpoints = Checkpoints(out / "checkpoints")
     while len(checkpoints.numbers()) < 2 and process.poll() is None:
@@ -182,11 +225,30 @@ def test_a_run_of_a_plugin_is_trained_killed_resumed_and_evaluated(tmp_path):
     shell("train", "--out", out, "--resume", "--iterations", last + 3, "--plugin", plugin)
     assert [row["iteration"] for row in read_rows(out / "metrics.jsonl")] == [*range(1, last + 4)]
     table = shell("evaluate", out, f"--plugin={plugin}").splitlines()
-    assert table[0].split() == ["reward"] and table[-1].split()[:2] == ["at", f"{last + 3}"]
+    assert table[0].split()[0] == "reward" and table[-1].split()[:2] == ["at", f"{last + 3}"]
+    assert ("redness" in table[0].split()) == (task == "mine")
     config = json.loads((out / "config.json").read_text())
-    assert [config[name] for name in ("task_name", "algorithm_name")] == ["patch", "Stepped"]
-    assert config["algorithm"]["levels"] == 3 and config["task"]["rewards"] == "redness"
+    assert [config[name] for name in ("task_name", "algorithm_name")] == [task, "Stepped"]
+    assert config["algorithm"]["levels"] == 3 and config["task"]["rewards"] == rewards
     assert [*config["plugins"]] == ["whole.py"] and str(tmp_path) not in json.dumps(config["plugins"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 9.0])
+def test_a_family_of_a_plugin_samples_as_diffusers_does(scale, tmp_path):
+    "The whole way from texts to an image, with guidance and without."
+    (tmp_path / "family.py").write_text(PLUGIN + FAMILY)
+    plugins.load_plugin(tmp_path / "family.py")
+    pipeline, family, texts = tiny_auraflow(), FAMILIES["mine"], ["a cat", "two dogs"]
+    told, empty = (encode_prompts(family, pipeline, some, 12) for some in (texts, [""]))
+    noise = torch.randn(2, *family.latent_shape(pipeline, 16, 16))
+    with quiet():
+        sizes = dict(height=16, width=16, max_sequence_length=12, num_inference_steps=4)
+        wanted = pipeline(texts, latents=noise, guidance_scale=scale, output_type="pt", **sizes).images
+    policy = PipelinePolicy(family, pipeline.transformer, PipelineSettings(guidance_scale=scale), empty)
+    ts = pipeline.scheduler.sigmas  # of the call: the scheduler's own grid
+    with torch.no_grad():
+        found = decode(pipeline, solve(policy, noise, ts, told, "euler").x[-1])
+    assert wanted.std() > 0.01 and torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_a_run_needs_its_plugins_again(mine, tmp_path, capsys):

@@ -4,6 +4,8 @@ import string
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -19,6 +21,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 LETTERS = string.ascii_lowercase
@@ -132,6 +136,33 @@ def tiny_flux(dynamic=True, guidance=True, seed=0):
             text_encoder_2=T5EncoderModel(t5_config()),
             tokenizer_2=t5_tokenizer(),
             transformer=transformer,
+        )
+    )
+
+
+def tiny_auraflow(seed=0):
+    "A pipeline for 16x16 images, of a kind that the library does not know: with one text encoder."
+    torch.manual_seed(seed)
+    transformer = AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_mmdit_layers=1,
+        num_single_dit_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=16,
+    )
+    return ready(
+        AuraFlowPipeline(
+            tokenizer=t5_tokenizer(),
+            text_encoder=UMT5EncoderModel(UMT5Config(**t5_config().to_diff_dict())),
+            vae=autoencoder(1.5, None),
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
         )
     )
 

@@ -345,7 +345,8 @@ def decode(
     good = latents.ndim == 4 and latents.shape[1] == channels
     found = f"shape {tuple(latents.shape)}"
     require(good, "latents", found, f"of shape (N, {channels}, h, w)")
-    z = latents / vae.config.scaling_factor + vae.config.shift_factor
+    shift = vae.config.shift_factor or 0.0  # many autoencoders have none
+    z = latents / vae.config.scaling_factor + shift
     images = [vae.decode(some.to(vae.device, vae.dtype)).sample.float() for some in z.split(batch)]
     return pipeline.image_processor.postprocess(torch.cat(images), output_type="pt")
 

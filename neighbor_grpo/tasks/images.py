@@ -219,9 +219,9 @@ def collect(
     told, done = {}, 0
     for part in parts:
         for name, value in part.items():
-            told.setdefault(name, torch.empty(count, *value.shape[1:], dtype=dtype))[
-                done : done + len(value)
-            ] = value
+            if name not in told:
+                told[name] = torch.empty(count, *value.shape[1:], dtype=dtype)
+            told[name][done:done + len(value)] = value
         done += len(value)
     return told
 
