@@ -64,12 +64,13 @@ GRIDS = ("even", "scheduler")
 
 def time_grid(
     steps: int,  # T, number of steps, >= 1
-    shift: float = 1.0,  # s > 0; SD3 and FLUX use 3: more steps near the noise
+    shift: float | None = 1.0,  # s > 0; SD3 and FLUX use 3: more steps near the noise
     grid: str = "even",  # one of GRIDS
 ) -> Tensor:  # (T+1,) float32, descending from exactly 1 to exactly 0
     "Times `t' = s t / (1 + (s - 1) t)` for even `t`, or those that diffusers' scheduler takes."
     require(isinstance(steps, int) and steps >= 1, "steps", steps, "an integer >= 1")
-    require(math.isfinite(shift) and shift > 0, "shift", shift, "a finite number > 0")
+    good = shift is not None and math.isfinite(shift) and shift > 0
+    require(good, "shift", shift, "a finite number > 0")
     require(grid in GRIDS, "grid", grid, f"one of {', '.join(GRIDS)}")
 
     def shifted(t): return shift * t / (1 + (shift - 1) * t)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Standardize', 'Reward', 'Surrogate', 'take', 'for_each', 'Rollout', 'States', 'per_state', 'choose_steps',
-           'untrained_steps', 'everyone', 'check_types', 'Watched', 'Algorithm', 'StepAlgorithm', 'check_settings']
+           'untrained_steps', 'everyone', 'Settings', 'check_types', 'Watched', 'Algorithm', 'StepAlgorithm',
+           'check_settings']
 
 # %% ../nbs/rollouts.ipynb #d0f1f8b0
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_origin, get_type_hints
+from dataclasses import Field, dataclass, fields, replace
+from typing import ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ def take(
     if cond is None: return None
     if isinstance(cond, Tensor): return cond[rows.to(cond.device)]
     if isinstance(cond, dict): return {k: take(v, rows) for k, v in cond.items()}
-    require(isinstance(cond, (list, tuple)), "cond", type(cond).__name__,
-            "None, a tensor, or a dict, list or tuple of tensors")
-    return type(cond)(take(v, rows) for v in cond)
+    if isinstance(cond, (list, tuple)): return type(cond)(take(v, rows) for v in cond)
+    allowed = "None, a tensor, or a dict, list or tuple of tensors"
+    raise ValueError(f"cond must be {allowed}, got {type(cond).__name__!r}")
 
 
 def for_each(
@@ -162,8 +163,13 @@ def everyone(rollout: Rollout) -> Tensor:  # (P, G)
     return torch.arange(size).expand(groups, -1)
 
 # %% ../nbs/rollouts.ipynb #1840fb60
+class Settings(Protocol):
+    "A dataclass, whichever."
+    __dataclass_fields__: ClassVar[dict[str, Field]]
+
+
 def check_types(
-    settings: object,  # a dataclass of integers, floats, booleans, texts and `Literal` choices
+    settings: Settings,  # integers, floats, booleans, texts and `Literal` choices
 ) -> None:
     "Refuse values that do not fit their annotation: a type, or one of some choices."
     hints = get_type_hints(type(settings))
@@ -185,8 +191,12 @@ def check_types(
 # %% ../nbs/rollouts.ipynb #1649d336
 class Watched:
     "A velocity that remembers what it was last asked and what it answered."
-    def __init__(self, velocity: Velocity):
-        self.velocity, self.inputs, self.v = velocity, None, None
+    inputs: tuple[Tensor, Tensor, object]
+    "What it was asked."
+    v: Tensor
+    "What it answered."
+
+    def __init__(self, velocity: Velocity): self.velocity = velocity
 
     def __call__(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
         self.inputs, self.v = (x, t, cond), self.velocity(x, t, cond)
@@ -200,22 +210,38 @@ Surrogate = Callable[..., Tensor]  # `grpo.surrogate`, or what does more with th
 
 class Algorithm:
     "A frozen dataclass of settings with five short methods, in the order in which data flows."
+    __dataclass_fields__: ClassVar[dict[str, Field]]
     group_size: int
     "G, candidates for each prompt."
     shift: float | None
     "Time shift of the grid; None: that of the task."
     grid: str
     "Of times: 'even' or 'scheduler', as of `time_grid`."
-    has_ratio: bool = True
-    "Whether the loss is a clipped ratio, which must be 1 for the policy that collected."
-    together: int = 1
-    "States that are judged together: micro-batches must be multiples of it."
-    untrained: Sequence[int] = ()
-    "Steps of its solver that are never trained; none where they are drawn at random."
-    nfe_old: float
-    "Evaluations without gradient, per sample."
-    nfe_theta: float
-    "Evaluations with gradient, per sample."
+
+    @property
+    def has_ratio(self) -> bool:
+        "Whether the loss is a clipped ratio, which must be 1 for the policy that collected."
+        return True
+
+    @property
+    def together(self) -> int:
+        "States that are judged together: micro-batches must be multiples of it."
+        return 1
+
+    @property
+    def untrained(self) -> Sequence[int]:
+        "Steps of its solver that are never trained; none where they are drawn at random."
+        return ()
+
+    @property
+    def nfe_old(self) -> float:
+        "Evaluations without gradient, per sample."
+        raise NotImplementedError
+
+    @property
+    def nfe_theta(self) -> float:
+        "Evaluations with gradient, per sample."
+        raise NotImplementedError
 
     def starts(self, noise: Tensor,  # (P, *shape) one standard normal noise for each group
                count: int,  # candidates of a group

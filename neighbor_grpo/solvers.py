@@ -24,7 +24,7 @@ class Trajectory:
     "(T+1, N, *shape) the state at each time."
     v: Tensor
     "(T, N, *shape) the velocity at each state but the last."
-    nfe: int
+    nfe: float
     "Velocity evaluations per sample."
 
 # %% ../nbs/solvers.ipynb #06c9dd42

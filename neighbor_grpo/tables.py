@@ -40,11 +40,9 @@ def field_docs(
                       if re.search(rf"^class {kind.__name__}\b", s, re.MULTILINE))
         tree = ast.walk(ast.parse(source))
         body = next(n for n in tree if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
-        documented = lambda field, text: (
-            isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-        )
-        docs |= {field.target.id: text.value.value for field, text in pairwise(body)
-                 if documented(field, text)}
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                docs[ast.unparse(field.target)] = ast.literal_eval(text.value)
     return docs
 
 

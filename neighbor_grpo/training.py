@@ -84,9 +84,9 @@ class Task:
 
 class Plain(Task):
     "A task of somebody who wrote the six members that are needed, and no more."
-    def __init__(self, given: object):
+    def __init__(self, given: Task):  # or an object of any class, with those six members
         self.policy, self.shape, self.prompts = given.policy, given.shape, given.prompts
-        self.conditions, self.reward, self.evaluate = given.conditions, given.reward, given.evaluate
+        vars(self).update(conditions=given.conditions, reward=given.reward, evaluate=given.evaluate)
         members = {name for name in [*vars(Task), *Task.__annotations__] if name[0] != "_"}
         more = sorted(members.intersection(dir(given)).difference(vars(self)))
         allowed = f"an instance of training.Task, for its {', '.join(more)} to count"
@@ -253,8 +253,9 @@ class HoldPenalty(Penalty):
     "Holds the policy at steps that are not trained; one more state for each trained candidate."
     weight: float
 
-    def choose(self, algorithm: StepAlgorithm, rollout: Rollout, trained: States,
+    def choose(self, algorithm: Algorithm, rollout: Rollout, trained: States,
                generator: Generators) -> States:
+        assert isinstance(algorithm, StepAlgorithm)  # only those have steps that are never trained
         groups, steps = rollout.x.shape[1], torch.tensor(algorithm.untrained)
         members = trained.member.cpu().view(groups, -1, algorithm.trained_steps)[..., 0]
         held = steps[sample_subsets(groups, len(steps), 1, generator)]
@@ -263,7 +264,8 @@ class HoldPenalty(Penalty):
     def at_chosen(self, velocity: Velocity, reference: Velocity, inputs: tuple) -> Tensor:
         return self.weight * squared_distance(velocity(*inputs), reference, inputs)
 
-    def evaluations(self, algorithm: StepAlgorithm) -> tuple[float, float]:
+    def evaluations(self, algorithm: Algorithm) -> tuple[float, float]:
+        assert isinstance(algorithm, StepAlgorithm)  # only those have steps that are never trained
         more = algorithm.nfe_theta / algorithm.trained_steps
         return more, more
 
@@ -318,6 +320,10 @@ class Run:
     "What a training remembers, in memory, in one process. `Trainer` adds a folder and processes."
     rank: int = 0
     "Number of this process."
+    average: AveragedModel | None = None
+    "Of the weights, if it is wanted."
+    reference: nn.Module | None = None
+    "What the penalties compare with, if there are any."
 
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings()):
         self.task = task if isinstance(task, Task) else Plain(task)
@@ -325,7 +331,6 @@ class Run:
         self.algorithm = algorithm.fitted(self.task.shift)
         check_run(self.task, algorithm, settings)
         self.groups = list(range(settings.groups))  # those of this process
-        self.average = self.reference = None
         if settings.ema > 0:
             average = get_ema_multi_avg_fn(settings.ema)
             self.average = AveragedModel(self.policy, multi_avg_fn=average)
@@ -353,7 +358,7 @@ class Run:
     @property
     def collector(self) -> nn.Module:
         "Whose weights roll out."
-        return self.policy if self.settings.collector == "policy" else self.average.module
+        return self.policy if self.settings.collector == "policy" else self.velocity
 
     def gather(self, value: object) -> list:
         "A value from every process, in their order."
@@ -473,8 +478,8 @@ def learn(
     stats: SurrogateStats,
 ) -> float:
     "One update of the weights; returns the norm of its gradient."
-    algorithm, reference = run.algorithm, run.reference
-    old, size = update.rollout, run.settings.micro_batch
+    algorithm, old, size = run.algorithm, update.rollout, run.settings.micro_batch
+    reference = run.reference or run.policy  # without penalties, nothing asks it
     run.optimizer.zero_grad()
     for states in update.trained.split(size):
         policy = Watched(run.policy)

@@ -7,6 +7,7 @@ __all__ = ['eight_bits', 'to_pictures', 'check_scores', 'Reward', 'Compressibili
 
 # %% ../../nbs/rewards/programs.ipynb #07cc3265
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,12 +68,12 @@ def check_scores(
     count: int,  # N, of the pictures
 ) -> Tensor:  # (N,) float32 on the CPU
     "One finite number for each picture, or an error."
-    scores = torch.as_tensor(scores).detach().float().cpu()
-    require(scores.shape == (count,), "rewards", f"shape {tuple(scores.shape)}",
+    found = torch.as_tensor(scores).detach().float().cpu()
+    require(found.shape == (count,), "rewards", f"shape {tuple(found.shape)}",
             f"of shape ({count},), one a picture")
-    bad = scores[~scores.isfinite()]
+    bad = found[~found.isfinite()]
     require(len(bad) == 0, "rewards", f"{bad[:3].tolist()} among {count} values", "finite")
-    return scores
+    return found
 
 # %% ../../nbs/rewards/programs.ipynb #b6d5eafc
 class Reward:
@@ -92,7 +93,8 @@ class Reward:
              device: torch.device | str,  # of its network, if it has one
              dtype: torch.dtype) -> "Reward":  # of its network
         "Make the reward that stands in a list."
-        return cls() if source is None else cls(source)
+        make: Callable[..., Reward] = cls  # a class of its own says what it takes
+        return make() if source is None else make(source)
 
     @classmethod
     def check_source(cls, source: str) -> None:

@@ -77,7 +77,7 @@ class ForwardProcess(Algorithm):
         grid, cond_each = time_grid(self.steps, self.shift, self.grid), for_each(cond, groups, size)
         path = solve(velocity, start.flatten(0, 1), grid, cond_each, self.method)
         x0, each = path.x[-1], 1 if self.group_noise else size
-        ts = forward_times(groups, count, self.shift, generator).to(x0)
+        ts = forward_times(groups, count, self.shift or 1.0, generator).to(x0)  # never None here
         noise = randn((groups * count * each, *x0.shape[1:]), generator, x0.device, x0.dtype)
         noise = noise.unflatten(0, (groups, count, each)).expand(-1, -1, size, *x0.shape[1:])
         t = [row.repeat_interleave(size) for row in ts]  # the group's time, for each sample

@@ -44,8 +44,10 @@ def check_own_noise(algorithm: SDEGRPO) -> None:
 
 def noisy_steps(rollout: Rollout) -> Tensor:
     "(P, K): the noisy steps of each group, as many in every group."
-    groups = rollout.noisy.shape[1]
-    return rollout.noisy.T.nonzero()[:, 1].view(groups, int(rollout.noisy.sum()) // groups)
+    noisy = rollout.noisy
+    if noisy is None: raise ValueError("rollout.noisy is needed: which steps are Gaussian")
+    groups = noisy.shape[1]
+    return noisy.T.nonzero()[:, 1].view(groups, int(noisy.sum()) // groups)
 
 # %% ../../nbs/rivals/mixed.ipynb #1d944cbd
 @dataclass(frozen=True)

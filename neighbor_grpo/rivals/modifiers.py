@@ -263,7 +263,7 @@ class Previews(Modifier):
                generator: Generators = None, iteration: int = 0,
                reward: Reward | None = None) -> Rollout:
         "Preview all starts; solve the best and the worst."
-        require(reward is not None, "reward", reward, "a function for previews")
+        if reward is None: raise ValueError("reward is needed: a function for previews")
         (groups, count), ts = start.shape[:2], time_grid(self.scout_steps, self.shift, self.grid)
         preview = solve(velocity, start.flatten(0, 1), ts, for_each(cond, groups, count), "euler")
         seen = reward(preview.x[-1].unflatten(0, (groups, count)))

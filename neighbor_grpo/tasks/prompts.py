@@ -98,7 +98,9 @@ def json_list(
     if not isinstance(entries, list): raise ValueError("it must be a file with a list")
     place, line = text.index("[") + 1, text.count("\n", 0, text.index("[")) + 1
     for entry in entries:
-        start = re.compile(r"[\s,]*").match(text, place).end()
+        gap = re.compile(r"[\s,]*").match(text, place)
+        assert gap is not None  # it may be empty
+        start = gap.end()
         line, end = line + text.count("\n", place, start), JSON.raw_decode(text, start)[1]
         yield line, entry
         place, line = end, line + text.count("\n", start, end)
