@@ -25,8 +25,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from multiprocessing import context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -278,17 +281,18 @@ def against(
     lines, ((first, theirs), *others) = [], by_run(rows).items()
     for axis, limit in [*budgets.items(), ("reward", target)]:
         for variant, runs in others:
-            both = [(read_at(run, axis, limit), read_at(theirs[seed], axis, limit))
+            read = [(read_at(run, axis, limit), read_at(theirs[seed], axis, limit))
                     for seed, run in runs.items() if seed in theirs]
+            both = [(a, b) for a, b in read if a and b]  # there is always one within a budget
             if axis != "reward": values = [mine["reward"] - other["reward"] for mine, other in both]
             else:
-                spent = [(a["evaluations"], b["evaluations"]) for a, b in both if a and b]
+                spent = [(a["evaluations"], b["evaluations"]) for a, b in both]
                 values = [math.log(mine / other) for mine, other in spent if min(mine, other) > 0]
             mean, half = interval(values)
             ends = dict(mean=mean, low=mean - half, high=mean + half)
             if axis == "reward": ends = {name: math.exp(value) for name, value in ends.items()}
-            read = dict(reading=axis, limit=limit, variant=variant, first=first, pairs=len(values))
-            lines.append(read | ends)
+            line = dict(reading=axis, limit=limit, variant=variant, first=first, pairs=len(values))
+            lines.append(line | ends)
     return lines
 
 # %% ../../nbs/lab/compare.ipynb #3ac34923
@@ -427,40 +431,42 @@ def alone(pipe: Connection, plugins: Sequence[Plugin], function: Callable,
           *arguments: object) -> None:
     "What a process does: call the function; tell the parent its news, or what went wrong."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and decides
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=end_with_parent, args=[parent], daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is not the main process
+    threading.Thread(target=end_with_parent, args=[parent.sentinel], daemon=True).start()
     torch.set_num_threads(1)
     try: function(pipe.send, *arguments)
     except Exception as e: pipe.send(f"{type(e).__name__}: {e}")
 
 # %% ../../nbs/lab/compare.ipynb #2c6503e6
-def how_to_start() -> multiprocessing.context.BaseContext:
+def how_to_start() -> "SpawnContext | context.ForkServerContext":  # Windows lacks one
     "How processes begin: where it is possible, from one that has imported what all of them need."
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["neighbor_grpo.lab.orphans", __name__, "torch._dynamo"])
-    return context
+    forkserver = multiprocessing.get_context("forkserver")
+    forkserver.set_forkserver_preload(["neighbor_grpo.lab.orphans", __name__, "torch._dynamo"])
+    return forkserver
 
 
 def in_processes(
     work: dict[str, tuple],  # name -> function and arguments; `report` comes before them
     jobs: int,  # processes at a time, >= 1
-    heard: Callable[[str, object], None] = lambda name, news: None,  # news that are no text
+    heard: Callable[[str, Any], None] = lambda name, news: None,  # news, which are no text
 ) -> dict[str, str]:  # name -> message of those that failed
     "Call each function in a process of its own, with one thread; all end when this one ends."
-    context, todo, running, failures = how_to_start(), dict(work), {}, {}
+    start, todo, running, failures = how_to_start(), dict(work), {}, {}
     plugins = [*GIVEN.values()]  # unpickled before what needs them
     try:
         while todo or running:
             while todo and len(running) < jobs:
                 name = next(iter(todo))
-                mine, theirs = context.Pipe(duplex=False)
+                mine, theirs = start.Pipe(duplex=False)
                 call = (theirs, plugins, *todo.pop(name))
-                running[mine] = context.Process(target=alone, args=call, name=name, daemon=True)
+                running[mine] = start.Process(target=alone, args=call, name=name, daemon=True)
                 running[mine].start()
                 theirs.close()
-            for pipe in wait(list(running)):
+            ready = wait(list(running))
+            for pipe in [pipe for pipe in running if pipe in ready]:
                 try: news = pipe.recv()
                 except (EOFError, OSError):  # it has ended
                     process = running.pop(pipe)
@@ -519,8 +525,9 @@ def prepare(study: Study, out: Path, jobs: int) -> None:
     "What runs need first: the networks of their seeds, and the seconds of their variants."
     seeds = {study.runs[name][1] for name, share in shares(study, out).items() if share < 1}
     timing, nets = read_timing(out), out / "pretrained"
-    calls = {f"pretraining for seed {seed}": (pretrain, study, seed, nets / str(seed))
-             for seed in study.seeds if seed in seeds}
+    calls: dict[str, tuple] = {
+        f"pretraining for seed {seed}": (pretrain, study, seed, nets / str(seed))
+        for seed in study.seeds if seed in seeds}
     failed = in_processes(calls, jobs)
     new = [v for v in study.variants if v.name not in timing]
     if new and not failed:

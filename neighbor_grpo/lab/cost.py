@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..rollouts import Algorithm
-from .benchmark import (CostTask, NetworkClock, StreamTime, as_markdown, summaries,
+from .benchmark import (CostTask, Moment, NetworkClock, StreamTime, as_markdown, summaries,
                                          timed_rounds, wall_time)
 from ..flow import require
 from ..models.pipeline import Family, PipelinePolicy, PipelineSettings, decode
@@ -277,8 +277,9 @@ def timed_phases(
 ) -> dict[str, float]:  # seconds of an iteration and its rollout; shares; peak memory in GB
     "Time one iteration in two phases, and the shares of transformer, decoder and optimizer."
     cuda, credit, marks, steps = trainer.trained[0].device.type == "cuda", trainer.credit, {}, []
-    now = StreamTime if cuda else wall_time
+    now: Callable[[], Moment] = StreamTime if cuda else wall_time
     if cuda: torch.cuda.reset_peak_memory_stats()
+    assert isinstance(trainer.task, RandomTask)
     network = NetworkClock(trainer.policy.transformer, now)
     decoder = NetworkClock(trainer.task.decoder, now)
     hooks = [trainer.optimizer.register_step_pre_hook(lambda *_: steps.append([now()])),
@@ -287,7 +288,7 @@ def timed_phases(
     def credit_in_time(rewards):  # all is collected now
         marks.update(rollout=wall_time() - start, inside=network.seconds)
         return credit(rewards)
-    trainer.credit = credit_in_time
+    vars(trainer).update(credit=credit_in_time)
     try: trainer.step()
     finally:
         del trainer.credit

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -128,7 +129,8 @@ def remedy(
 ) -> str:
     "What to do about a model that the hub does not give."
     chain = []
-    while error: chain, error = [*chain, error], error.__cause__ or error.__context__
+    inner: BaseException | None = error
+    while inner: chain, inner = [*chain, inner], inner.__cause__ or inner.__context__
     has = lambda kind: any(isinstance(link, kind) for link in chain)
     if has(GatedRepoError):
         return f": accept its licence at https://huggingface.co/{source}, then run: hf auth login"
@@ -263,13 +265,15 @@ def write_inputs(
     "Remember what the run was given: checksums of a folder's files, or a revision of the hub."
     path = folder and Path(folder) / "inputs.json"
     if not path or path.exists() or world()[0] > 0: return
-    kept, place = dict(name=source), located(source)
+    kept: dict[str, object] = dict(name=source)
+    place = located(source)
     if Path(place).is_dir(): kept["files"] = fingerprints(Path(place), {})
     else:
         cached = try_to_load_from_cache(place, "model_index.json")
         kept["revision"] = Path(cached or "").parent.name
     make_folder(path.parent)
-    content = dict(source=kept, parent=os.path.dirname(os.path.abspath(folder)), **more)
+    parent = os.path.dirname(os.path.abspath(path.parent))
+    content = dict(source=kept, parent=parent, **more)
     write_atomically(path, json.dumps(seal(content), indent=1))
 
 
@@ -461,7 +465,7 @@ class PipelinePolicy(nn.Module):
                 "the encoded empty prompt where guidance is not 1")
         self.family, self.transformer, self.settings = family, transformer.eval(), settings
         for name in ("embeds", "pooled"):
-            empty = negative[name].clone() if twice else None
+            empty = negative[name].clone() if negative and twice else None
             self.register_buffer(f"negative_{name}", empty, persistent=False)
         if not settings.lora_rank: transformer.float().requires_grad_(True)
         else:
@@ -546,8 +550,8 @@ class WithoutAdapters(nn.Module):
                  guidance_scale: float | None = None):  # None: that of the trained steps
         super().__init__()
         self.policy = (policy,)  # in a tuple, so that it does not become a part of this module
-        given = guidance_scale is not None
-        self.scale = guidance_scale if given else policy.settings.train_guidance_scale
+        trained = policy.settings.train_guidance_scale
+        self.scale = trained if guidance_scale is None else guidance_scale
 
     def forward(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         policy = self.policy[0]
@@ -559,15 +563,9 @@ class PipelineTask(Task):
     policy: PipelinePolicy
     saves = True
 
-    @property
-    def coarse(self) -> bool:
-        "Whether the policy answers in half precision."
-        return self.policy.coarse
-
-    @property
-    def split_guidance(self) -> bool:
-        "Whether training guides otherwise than the rollout does."
-        return self.policy.split_guidance
+    # the policy's own
+    coarse = property(attrgetter("policy.coarse"))
+    split_guidance = property(attrgetter("policy.split_guidance"))
 
     def reference(self) -> nn.Module:
         "The velocity as it is now, at the guidance of the trained steps."

@@ -59,7 +59,7 @@ class Tracking:
     def __init__(self, accelerator: Accelerator,  # of `make_accelerator`
                  trainer: Trainer,  # with a run folder, not running yet
                  project: str = "neighbor_grpo"):  # what the trackers file it under
-        require(trainer.out is not None, "trainer.out", None, "a run folder")
+        if trainer.out is None: raise ValueError("trainer.out is needed: a run folder")
         self.accelerator, self.note = accelerator, Path(accelerator.project_dir) / "tracking.json"
         note = (
             json.loads(self.note.read_text())

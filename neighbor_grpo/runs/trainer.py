@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROWS', 'average_gradients', 'join_parts', 'put_together', 'split_as', 'flat_optimizer', 'load_optimizer',
            'flat_state', 'load_state', 'Snapshot', 'snapshot_of', 'trained_state', 'load_trained', 'run_config',
-           'Trainer', 'save_picture', 'plot_run', 'image_grid', 'draw_panels']
+           'Trainer', 'Figure', 'save_picture', 'plot_run', 'image_grid', 'draw_panels']
 
 # %% ../../nbs/runs/trainer.ipynb #6d1d1d43
 import io
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -150,10 +151,11 @@ class Snapshot:
 def snapshot_of(
     folder: str | Path | None,  # where the network is kept; None: nowhere
     name: str,  # of the network
+    every: float = 30.0,  # seconds between two writes
     **more: object,  # further parts of the state
 ) -> Snapshot | None:
     "What a training is handed, if there is a folder."
-    return Snapshot(folder, name, **more) if folder else None
+    return Snapshot(folder, name, every, **more) if folder else None
 
 # %% ../../nbs/runs/trainer.ipynb #9f78b85f
 def trained_state(
@@ -219,10 +221,11 @@ class Trainer(Run):
                                                lambda network: network)
             # made from the whole policy
             copies = [self.average.module if self.average else None, self.reference]
-            for network in [self.policy, *copies] if self.split else ():
-                if network and [*network.parameters()]: self.split(self.task.parts(network))
+            for network in [self.policy, *copies]:
+                if self.split and network and [*network.parameters()]:
+                    self.split(self.task.parts(network))
             self.make_optimizer()
-            if self.out: self.restore()
+            if self.out: self.restore(self.out)
 
     def gather(self, value: object) -> list:
         "A value from every process, in their order."
@@ -269,7 +272,7 @@ class Trainer(Run):
             self.checkpoints.save(self.iteration, tensors,
                                   dict(iteration=self.iteration, rows=done))
 
-    def restore(self) -> None:
+    def restore(self, out: Path) -> None:
         """Go back to the newest checkpoint, or to the start; rows that came after it are dropped,
         and made again."""
         last, saved = -1, dict.fromkeys(ROWS, [])
@@ -287,10 +290,10 @@ class Trainer(Run):
                 text = f"checkpoint {newest} does not fit this run: {e}"
                 raise ValueError(f"{text}; remove it to use the one before") from e
         for file, rows in zip(ROWS, (self.rows, self.evals)):
-            rows[:] = settled_rows(self.out / file, last, saved.get(file))
+            rows[:] = settled_rows(out / file, last, saved.get(file))
         gather("read")  # before anything is written
         for file, rows in zip(ROWS, (self.rows, self.evals)):
-            if self.rank == 0: write_atomically(self.out / file, "".join(map(to_line, rows)))
+            if self.rank == 0: write_atomically(out / file, "".join(map(to_line, rows)))
         self.bytes_seen = self.count_bytes()
 
     def check_untouched(self) -> None:
@@ -311,8 +314,13 @@ class Trainer(Run):
                 raise
 
 # %% ../../nbs/runs/trainer.ipynb #b0ac7d23
+class Figure(Protocol):
+    "As much of matplotlib's figures as it takes to save one."
+    def savefig(self, file: io.BytesIO, **options: object) -> None: ...
+
+
 def save_picture(
-    figure: object,  # of matplotlib; is closed
+    figure: Figure,  # is closed
     path: str | Path,  # of the picture
     **options: object,  # of matplotlib's `savefig`
 ) -> None:
