@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from neighbor_grpo.tasks.prompts import FORMATS, read_prompts
@@ -32,9 +32,11 @@ def wanted(texts):
 
 
 def rfc4180(rows, end):
-    "A table as the standard library writes it."
+    "A table as the standard library writes it; before Python 3.13 it quotes no line breaks but its own by itself."
+    broken = any(set("\r\n") & set(field) for row in rows for field in row if isinstance(field, str))
     file = io.StringIO(newline="")
-    csv.writer(file, lineterminator=end).writerows(rows)
+    quoting = csv.QUOTE_NONNUMERIC if broken else csv.QUOTE_MINIMAL
+    csv.writer(file, lineterminator=end, quoting=quoting).writerows(rows)
     return file.getvalue()
 
 
@@ -54,6 +56,7 @@ def test_there_is_a_writer_for_each_format():
 @pytest.mark.parametrize("kind", WRITERS)
 @QUICK
 @given(texts=TEXTS, end=ENDS, last=st.booleans(), mark=st.booleans())
+@example(texts=["\n0", "one\rmore"], end="\r", last=False, mark=False)
 def test_what_is_written_is_read(kind, texts, end, last, mark, tmp_path):
     if kind in (".txt", ".tsv"):  # what these forms cannot hold
         texts = [text.replace("\t", " ").replace("\r", " ").replace("\n", " ").lstrip("\ufeff") for text in texts]
