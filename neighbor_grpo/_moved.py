@@ -1,12 +1,14 @@
-"""The flat layout of earlier versions: old names of modules work, and say what the new ones are.
+"""What earlier versions had elsewhere: old names of modules work and say what the new ones are,
+old settings of algorithms are refused with their new place.
 
-Written by hand; nothing in the library uses it, and scripts with new names never notice it.
+Written by hand; scripts with new names never notice it.
 """
 
 import importlib
+import inspect
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
@@ -56,6 +58,42 @@ STARRED = {
     "training": ["Checkpoints", "Trainer", "plot_run", "read_rows", "run_config"]
 }
 GONE = ("algorithms", "distributed", "sd3")  # nothing of these names is left
+
+# Settings that algorithms had, and where they are.
+SETTINGS = {
+    "train_step": "leap_from",
+    "old_anchor": "leap_from",
+    "rescale": "an argument of quasi_norm",
+    "guard": "the modifier GuardedRatios",
+    "chunk": "ChunkedRatios.chunk, a modifier's; that of VGRPO is one_ratio",
+    "time_weight": "TimeWeights.time_weight, a modifier's; that of TempFlowGRPO is weigh_noise",
+}
+_OWNERS = {
+    "TrainSettings": ("micro_batch", "kl_weight", "hold_weight"),
+    "ShapedAdvantages": ("advantage_power", "advantage_scale"),
+    "Previews": ("scouts", "scout_steps"),
+    "Replay": ("replay", "memory_size", "memory_age"),
+}
+for _owner, _names in _OWNERS.items():
+    _whose = "" if _owner == "TrainSettings" else ", a modifier's"
+    SETTINGS |= {name: f"{_owner}.{name}{_whose}" for name in _names}
+
+
+def places(names: Iterable[str]) -> str:  # empty where none has moved
+    "Where settings of these names are now."
+    return "; ".join(f"{name} is now {SETTINGS[name]}" for name in names if name in SETTINGS)
+
+
+def new_without_moved(kind: type, *arguments: object, **settings: object) -> object:
+    """The `__new__` of algorithms: a `TypeError`, as Python raises for any unknown name, which
+    says where the setting is now."""
+    for name in [name for name in settings if name in SETTINGS]:
+        try:
+            inspect.signature(kind.__init__).bind_partial(None, **{name: None})
+        except TypeError:
+            text = f"{kind.__name__} has no setting {name!r}: {places([name])}"
+            raise TypeError(text) from None
+    return object.__new__(kind)
 
 
 def warn(old: str, new: str) -> None:

@@ -16,6 +16,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, g
 import torch
 from torch import Tensor
 
+from ._moved import new_without_moved
 from .anchors import sample_subsets
 from .flow import Generators, Velocity, require, time_grid
 from .grpo import group_advantages, surrogate
@@ -244,6 +245,8 @@ class Algorithm:
     def nfe_theta(self) -> float:
         "Evaluations with gradient, per sample."
         raise NotImplementedError
+
+    __new__ = new_without_moved  # says of a setting that moved where it is now
 
     def starts(self, noise: Tensor,  # (P, *shape) one standard normal noise for each group
                count: int,  # candidates of a group

@@ -180,6 +180,9 @@ def forgotten():
 def forget():
     "As a new process, which has imported no plugin."
     plugins.LOADED.clear()
+    for names in (ALGORITHMS, MODIFIERS):
+        for name in [name for name, kind in names.items() if kind.__module__.startswith("neighbor_grpo_plugin_")]:
+            del names[name]
     for name in [name for name in sys.modules if name.startswith("neighbor_grpo_plugin_")]:
         del sys.modules[name]
 

@@ -8,6 +8,7 @@ __all__ = ['ALGORITHMS', 'MODIFIERS', 'BROUGHT_ALONG', 'own_fields', 'modifiers_
 # %% ../../nbs/rivals/catalogue.ipynb #03f22d86
 from dataclasses import Field, fields
 
+from .._moved import places
 from ..flow import require
 from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
@@ -99,4 +100,5 @@ def check_known(
     "Refuse settings that nobody has."
     unknown = sorted(settings.keys() - known)
     allowed = f"those of {whose}: {', '.join(sorted(known)) or 'none'}"
+    allowed += f" ({moved})" if (moved := places(unknown)) else ""
     require(not unknown, "settings", unknown, allowed)

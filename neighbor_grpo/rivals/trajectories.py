@@ -164,6 +164,8 @@ class TMPO(SDEGRPO):
         """`(P, G[, R]) -> (P, G)`: the target's logits, `beta` times the centered reward; their
         softmax is q."""
         if self.standardise: return self.beta * super().advantages(rewards, weights, standardize)
+        plain = standardize is group_advantages
+        require(plain, "standardise", False, "True where a modifier shapes standardized rewards")
         rewards = (
             rewards
             if rewards.ndim == 2
