@@ -9,6 +9,7 @@ __all__ = ['NULL', 'load_images', 'Block', 'UNet', 'Classifier', 'train_classifi
 # %% ../../nbs/tasks/digits.ipynb #9bd1c6da
 import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -186,9 +187,9 @@ class DigitsTask(Task):
             nameless = torch.rand(128, generator=generator) < 0.1
             return images[rows], labels[rows].masked_fill(nameless, NULL)
 
-        more = dict(seed=seed, progress=progress, snapshot=snapshot_of(folder, "base"))
-        pretrain = lambda network: train_flow(network, batch, settings.pretrain_steps, 4e-3, **more)[0]
-        self.base = base = load_or_train(folder, "base", UNet(), pretrain)
+        fit = partial(train_flow, batch=batch, steps=settings.pretrain_steps, lr=4e-3, seed=seed,
+                      progress=progress, snapshot=snapshot_of(folder, "base"))
+        self.base = base = load_or_train(folder, "base", UNet(), lambda network: fit(network)[0])
         self.policy = copy.deepcopy(base).requires_grad_(True)
         self.real = images[labels == settings.target] if settings.reward == "class" else images
 
