@@ -13,6 +13,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TypeVar
 
 PACKAGE = "neighbor_grpo"
 
@@ -59,6 +60,8 @@ STARRED = {
 }
 GONE = ("algorithms", "distributed", "sd3")  # nothing of these names is left
 
+Kind = TypeVar("Kind")  # a class of algorithms
+
 # Settings that algorithms had, and where they are.
 SETTINGS = {
     "train_step": "leap_from",
@@ -84,7 +87,7 @@ def places(names: Iterable[str]) -> str:  # empty where none has moved
     return "; ".join(f"{name} is now {SETTINGS[name]}" for name in names if name in SETTINGS)
 
 
-def new_without_moved(kind: type, *arguments: object, **settings: object) -> object:
+def new_without_moved(kind: type[Kind], *arguments: object, **settings: object) -> Kind:
     """The `__new__` of algorithms: a `TypeError`, as Python raises for any unknown name, which
     says where the setting is now."""
     for name in [name for name in settings if name in SETTINGS]:

@@ -36,8 +36,8 @@ def kinds(
     algorithm: Algorithm,  # with or without modifiers
 ) -> list[type]:
     "The classes of the modifiers around it, from the outside."
-    inner = isinstance(algorithm, Modifier)
-    return [type(algorithm), *kinds(algorithm.algorithm)] if inner else []
+    if not isinstance(algorithm, Modifier): return []
+    return [type(algorithm), *kinds(algorithm.algorithm)]
 
 
 def inside(name: str) -> property:
