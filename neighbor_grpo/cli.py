@@ -219,6 +219,10 @@ class Parser(ArgumentParser):
             kind = re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2])
             kind, value = kind.replace("typing.Literal[", "one of ").rstrip("]"), wrong[3].strip()
             require(False, f"--{wrong[1]}", "null" if value == "None" else value[:200], kind)
+        if wrong := re.search(r'key "(\w+)": Does not validate .* Given value: (.*)', message):
+            kinds = re.findall(r"Expected a <class '(\w+)'>", message)
+            allowed = " or ".join("null" if k == "NoneType" else f"of type {k}" for k in kinds)
+            require(False, f"--{wrong[1]}", wrong[2][:200], allowed)
         if wrong := re.search(r'key "(\w+)": (.*) not among choices \[(.*)\]', message):
             require(False, f"--{wrong[1]}", wrong[2].strip("'"), f"one of {wrong[3]}")
         if wrong := re.search(r"argument (\S+): ignored explicit argument (.*)", message):

@@ -360,3 +360,9 @@ def test_the_packaged_miniature_has_a_name(tmp_path, monkeypatch, capsys):
     for task in ("sd3", "scenes"):
         assert main(["train", task, "--help"]) == 0
         assert "miniature" in capsys.readouterr().out.split("--source", 1)[1].split("  --")[0]
+
+
+def test_a_value_of_neither_kind_is_refused_with_both():
+    assert refused(lambda: cli.read_command(["toy", "--shift", "abc"])) == (
+        "--shift must be of type float or null, got 'abc'"
+    )

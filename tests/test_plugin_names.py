@@ -56,7 +56,9 @@ def test_a_class_named_as_another_algorithm_does_not_take_over_its_runs(tmp_path
 
 def test_classes_need_no_docstring(tmp_path, capsys):
     path = tmp_path / "mine.py"
-    path.write_text("from neighbor_grpo.rivals.catalogue import ALGORITHMS\nclass Silent: pass\nALGORITHMS['quiet'] = Silent")
+    path.write_text(
+        "from neighbor_grpo.rivals.catalogue import ALGORITHMS\nclass Silent: pass\nALGORITHMS['quiet'] = Silent"
+    )
     assert main(["train", "toy", "--help", "--plugin", str(path)]) == 0
     assert "\n  quiet " in capsys.readouterr().out
 
