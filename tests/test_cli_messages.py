@@ -363,6 +363,6 @@ def test_the_packaged_miniature_has_a_name(tmp_path, monkeypatch, capsys):
 
 
 def test_a_value_of_neither_kind_is_refused_with_both():
-    assert refused(lambda: cli.read_command(["toy", "--shift", "abc"])) == (
+    assert refused(lambda: read_command(["toy", "--shift", "abc"])) == (
         "--shift must be of type float or null, got 'abc'"
     )
