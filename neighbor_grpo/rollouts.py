@@ -252,7 +252,7 @@ class Algorithm:
                count: int,  # candidates of a group
                generator: Generators) -> Tensor:  # (P, count, *shape)
         "Where the candidates of each group begin."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs starts")
 
     def follow(self, velocity: Velocity,  # the policy that collects
                start: Tensor,  # (P, G, *shape)
@@ -261,17 +261,17 @@ class Algorithm:
                iteration: int,  # from 0, for what moves in the course of training
                reward: Reward | None) -> Rollout:  # for previews
         "Bring all candidates from their starts to the end of the grid, without gradient."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs follow")
 
     def advantages(self, rewards: Tensor,  # (P, G), or (P, G, R) for several rewards
                    weights: Sequence[float] | None = None,  # of R rewards; None: equal
                    standardize: Standardize = group_advantages) -> Tensor:  # (P, G)
         "What each candidate is worth."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs advantages")
 
     def choose(self, rollout: Rollout, generator: Generators) -> States:
         "The states that one update trains."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs choose")
 
     def loss(self, velocity: Velocity,  # the policy that learns
              rollout: Rollout,
@@ -280,7 +280,7 @@ class Algorithm:
              on_policy: bool = False,  # no weight has moved since: the ratio is 1 to the last bit
              surrogate: Surrogate = surrogate) -> Tensor:
         "Minus what these states add to the objective, as a sum over them."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs loss")
 
     def distance_weights(self, rollout: Rollout, states: States) -> Tensor | float:
         "(M,): times which a squared distance of two velocities is a divergence of their policies."
@@ -336,7 +336,7 @@ class StepAlgorithm(Algorithm):
     def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor,
               log_prob: Tensor, old: Tensor) -> Tensor:
         "(M,): minus the mean log-ratio under the old policy, which is the divergence from it."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs drift")
 
 
 def check_settings(

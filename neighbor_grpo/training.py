@@ -40,15 +40,15 @@ class Task:
 
     def conditions(self, prompts: Tensor) -> object:
         "What the velocity takes for prompts `(P,)`: None, or a structure of tensors with P rows."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs conditions")
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(N, *shape), (N,) -> (N,)` finite rewards, or `(N, R)` for R of them."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs reward")
 
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
         "Held-out figures under fixed noise; `reward` is one of them."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs evaluate")
 
     reward_weights: Sequence[float] | None = None
     "Of R rewards; None: equal."
