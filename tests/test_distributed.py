@@ -23,7 +23,9 @@ ALGORITHMS = {
     "neighbor": modified(
         NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2), "slas", advantage_scale="batch"
     ),
-    "op": make("op", group_size=4, steps=4, trained_steps=2, replay=2, memory_size=3, memory_age=3),
+    "op": modified(
+        make("op", group_size=4, steps=4, trained_steps=2, replay=2, memory_size=3, memory_age=3), "previews", scouts=6
+    ),
 }
 SETTINGS = TrainSettings(
     iterations=6, groups=4, updates=2, lr=1e-2, kl_weight=0.05, ema=0.8, eval_every=2, checkpoint_every=2
@@ -119,7 +121,8 @@ def test_groups_are_whole_and_the_same_as_in_one_process(runs):
     _, notes, single = runs
     for iteration, (samples, prompts) in enumerate(single.task.seen):
         parts = [note["seen"][iteration] for note in notes]
-        assert [len(part[0]) for part in parts] == [8, 8]  # two groups of four each
+        assert len(samples) in (16, 24)  # four groups of four, or of six previews
+        assert [len(part[0]) for part in parts] == [len(samples) // 2] * 2  # two groups each
         assert torch.equal(torch.cat([part[1] for part in parts]), prompts)
         # Samples are of order one and smooth in the weights, which stray by rounding; other noise differs by one.
         assert (torch.cat([part[0] for part in parts]) - samples).abs().max() < STRAYED
