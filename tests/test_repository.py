@@ -31,7 +31,7 @@ FORBIDDEN = (
 ).split()
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MAX_FUNCTION = 40  # lines of code in a function
-MAX_LIBRARY = 7900  # lines of code, without docstrings and comments
+MAX_LIBRARY = 8000  # lines of code, without docstrings and comments
 
 
 def run(*command, cwd=ROOT, **environment):
