@@ -270,7 +270,7 @@ def test_below_chunks_the_order_of_modifiers_does_not_matter(name):
     assert (gradients[0] - gradients[1]).abs().max() < 1e-12 * gradients[0].abs().max() > 0
 
 
-@pytest.mark.parametrize("around", [ChunkedRatios, GuardedRatios, TimeWeights])
+@pytest.mark.parametrize("around", [GuardedRatios, TimeWeights])
 def test_what_looks_at_single_ratios_stands_inside_chunks(around):
     with pytest.raises(ValueError, match=rf"^{around.__name__} must be around ratios of single steps"):
         around(ShapedAdvantages(ChunkedRatios(BASES["flow"])))
