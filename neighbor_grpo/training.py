@@ -326,6 +326,7 @@ class Run:
     "What the penalties compare with, if there are any."
 
     def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings()):
+        require(isinstance(algorithm, Algorithm), "algorithm", algorithm, "an `Algorithm`, made")
         self.task = task if isinstance(task, Task) else Plain(task)
         self.settings, self.policy, self.penalties = settings, task.policy, penalties_of(settings)
         self.algorithm = algorithm.fitted(self.task.shift)
@@ -393,6 +394,8 @@ class Run:
     def evaluate(self) -> dict:
         "Held-out figures of the current weights."
         with torch.no_grad(): figures = self.task.evaluate(self.velocity)
+        names, allowed = [*figures], "figures with 'reward' among them"
+        require("reward" in names, "task.evaluate", names, allowed)
         row = dict(iteration=self.iteration, **figures)
         self.record("eval.jsonl", self.evals, row)
         return row

@@ -48,3 +48,22 @@ CALLS = {
 def test_an_algorithm(name):
     with pytest.raises(NotImplementedError, match=f"Empty needs {name}"):
         getattr(Empty(), name)(*CALLS[name])
+
+
+def whole(**members):
+    members = MEMBERS | dict(policy=VelocityMLP(2, 8, 1), shape=(2,), prompts=1) | members
+    return type("Whole", (Task,), members)()
+
+
+def test_held_out_figures_have_a_reward():
+    task, algorithm = (
+        whole(evaluate=lambda self, velocity: dict(score=0.0)),
+        FlowGRPO(group_size=2, steps=3, trained_steps=1),
+    )
+    with pytest.raises(ValueError, match=r"task.evaluate must be figures with 'reward' among them, got \['score'\]"):
+        train(task, algorithm, TrainSettings(iterations=1, groups=1), progress=False)
+
+
+def test_an_algorithm_is_an_instance():
+    with pytest.raises(ValueError, match="^algorithm must be an `Algorithm`, made, got <class"):
+        train(whole(), FlowGRPO, progress=False)
