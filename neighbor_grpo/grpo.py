@@ -33,12 +33,15 @@ def check_rewards(
 # %% ../nbs/grpo.ipynb #646a78fa
 def in_units(
     rewards: Tensor,  # (P, G)
-    size: Tensor,  # broadcastable to them: the largest absolute reward, of each group or of all
-) -> tuple[Tensor, Tensor]:  # rewards in [-4, 4]; the factor of what is added to their spread
-    "Rewards in units of a power of two near their size: nothing is rounded, squares stay in range."
+    batch: bool = False,  # one unit for all groups; otherwise each has its own
+) -> tuple[Tensor, Tensor]:  # (P, G); the factor of what is added to their spread
+    "Rewards minus their group's first, in units near their size, so that squares stay in range."
+    rewards = check_rewards(rewards)
+    size = rewards.abs().amax() if batch else rewards.abs().amax(1, keepdim=True)
     exponent = torch.frexp(size).exponent.clamp(-126, 126)
     unit = torch.ldexp(torch.ones_like(size), -exponent.clamp_min(0))
-    return torch.ldexp(rewards, -exponent), unit
+    rewards = torch.ldexp(rewards, -exponent)  # exact
+    return rewards - rewards[:, :1], unit  # a group of equal rewards becomes exactly zero
 
 
 def group_advantages(
@@ -46,9 +49,7 @@ def group_advantages(
     eps: float = 1e-6,  # added to the standard deviation, > 0; relative to small rewards
 ) -> Tensor:  # (P, G), zero mean in each group
     "Standardise within each group, with the population standard deviation."
-    rewards = check_rewards(rewards)
-    rewards, unit = in_units(rewards, rewards.abs().amax(1, keepdim=True))
-    rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero
+    rewards, unit = in_units(rewards)
     spread = rewards.std(1, correction=0, keepdim=True) + eps * unit
     spread = spread.clamp_min(torch.finfo(spread.dtype).tiny)
     return (rewards - rewards.mean(1, keepdim=True)) / spread

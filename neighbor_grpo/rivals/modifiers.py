@@ -93,11 +93,9 @@ def shape_advantages(
     "SLAS: `sign(d) |d|^(1 + gamma)` of the standardized reward `d`; by default group advantages."
     require(power >= 0, "power", power, ">= 0")
     require(scale in ("group", "batch"), "scale", scale, "'group' or 'batch'")
-    standard = group_advantages(rewards, eps)
-    if scale == "batch":
-        rewards = check_rewards(rewards)
-        rewards, unit = in_units(rewards, rewards.abs().amax())
-        rewards = rewards - rewards[:, :1]  # equal rewards become exactly zero, and stay so
+    if scale == "group": standard = group_advantages(rewards, eps)
+    else:
+        rewards, unit = in_units(rewards, batch=True)
         centered = rewards - rewards.mean(1, keepdim=True)
         spread = centered.square().mean().sqrt() + eps * unit
         standard = centered / spread.clamp_min(torch.finfo(spread.dtype).tiny)
