@@ -55,9 +55,8 @@ PARTS = {
     "sd3": ("models.pipeline", "models.sd3", "runs.machine"),
     "training": ("runs.trainer", "runs.folder"),
 }
-STARRED = {
-    "training": ["Checkpoints", "Trainer", "plot_run", "read_rows", "run_config"]
-}
+# What `import *` also takes.
+STARRED = {"training": ["Checkpoints", "Trainer", "plot_run", "read_rows", "run_config"]}
 GONE = ("algorithms", "distributed", "sd3")  # nothing of these names is left
 
 Kind = TypeVar("Kind")  # a class of algorithms
@@ -138,9 +137,8 @@ class Alias(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = (
-            self.spec
-        )  # that of the new name, which importing it by the old one has replaced
+        # That of the new name, which importing it by the old one has replaced.
+        module.__spec__ = self.spec
 
 
 class Remains(Loader):

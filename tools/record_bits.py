@@ -206,7 +206,7 @@ def name_of(line):
 # Which differences from the record are meant: of which cases, which, and why.
 MEANT = [
     (
-        r"(digits|toy) (flow|dance|mix|tempflow|op|tmpo)",
+        r"digits (flow|dance|mix|tempflow|op|tmpo)|toy (flow|dance|mix|tempflow|op|tmpo).*--kl_weight",
         r".*differ, by up to .*e-0",
         "a divergence is a distance of velocities",
     ),
