@@ -57,7 +57,9 @@ from .runs.plugins import (check_plugins, give_plugins, load_installed, plugin_o
                                         remembered)
 from .runs.folder import (Checkpoints, new_folder, open_run, read_config, read_rows,
                                        world, write_atomically)
-from .runs.trainer import Trainer, load_trained, plot_run, run_config
+from .runs.pictures import plot_run
+from .runs.state import load_trained
+from .runs.trainer import Trainer, run_config
 from .rollouts import Algorithm, Settings
 from .training import Task, TrainSettings
 

@@ -8,7 +8,8 @@ from helpers import weights
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.runs.trainer import Trainer, image_grid
+from neighbor_grpo.runs.pictures import image_grid
+from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.tasks.digits import (
     NULL,
     Classifier,

@@ -33,7 +33,8 @@ from neighbor_grpo.runs.folder import (
     open_run,
     read_rows,
 )
-from neighbor_grpo.runs.trainer import Trainer, plot_run, run_config
+from neighbor_grpo.runs.pictures import plot_run
+from neighbor_grpo.runs.trainer import Trainer, run_config
 from neighbor_grpo.tasks import digits, toy2d  # noqa: F401  # imported once, before processes are forked
 from neighbor_grpo.training import TrainSettings
 

@@ -26,7 +26,8 @@ from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.rivals.modifiers import Modifier
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.machine import choose_device, quiet
-from neighbor_grpo.runs.trainer import Trainer, trained_state
+from neighbor_grpo.runs.state import trained_state
+from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask, open_encoded, split_prompts

@@ -11,7 +11,7 @@ from neighbor_grpo import training
 from neighbor_grpo.models import miniature
 from neighbor_grpo.models.miniature import PretrainSettings, pretrain
 from neighbor_grpo.runs.folder import read_rows
-from neighbor_grpo.runs.trainer import Snapshot, snapshot_of
+from neighbor_grpo.runs.state import Snapshot, snapshot_of
 from neighbor_grpo.tasks.digits import DigitsSettings, DigitsTask
 from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
 from neighbor_grpo.toyflows import VelocityMLP, eight_gaussians, train_flow

@@ -17,7 +17,9 @@ from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.runs import trainer as trainer_module
 from neighbor_grpo.runs.folder import Checkpoints, append_row, load_or_train, read_config, read_rows, write_atomically
-from neighbor_grpo.runs.trainer import Trainer, load_trained, plot_run, trained_state
+from neighbor_grpo.runs.pictures import plot_run
+from neighbor_grpo.runs.state import load_trained, trained_state
+from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.training import TrainSettings, train
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)

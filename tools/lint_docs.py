@@ -423,10 +423,9 @@ def exists(library, parts):
 @check
 def onward(page, site):
     "The last paragraph of a page leads to the next one."
-    order = [name for name in text.reading_order(site.root) if name in site.by_name]
-    if page.name not in order[:-1]:
+    following = text.following(page.name, site.root)
+    if following not in site.by_name:
         return
-    following = order[order.index(page.name) + 1]
     numbers = [number for number, cell in page.cells if cell["cell_type"] == "markdown" and cell["source"].strip()]
     last = numbers[-1] if numbers else 0
     if not any(

@@ -82,7 +82,7 @@ def tiny_trainer(device, iterations, pixels, folder, resume=False):
 
 def everything(trainer):
     "All tensors that a run ends with, and its rows but for the seconds."
-    from neighbor_grpo.runs.trainer import flat_optimizer
+    from neighbor_grpo.runs.state import flat_optimizer
 
     tensors = {**trainer.policy.state_dict(), **flat_optimizer(trainer.optimizer)}
     return tensors, [{key: value for key, value in row.items() if key != "seconds"} for row in trainer.rows]

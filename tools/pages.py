@@ -13,6 +13,10 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 KATEX = ROOT / "tools" / "katex"
 
+# The method: ten short pages, read in this order. Every other page is reference.
+CORE = ["method", "flow", "grpo", "sde", "distance", "neighbors", "leaping", "anchors", "tasks/toy2d", "tasks/digits"]
+CORE = [f"{name}.ipynb" for name in CORE]
+
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n.*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 DISPLAY = re.compile(r"(?<!\\)\$\$(.+?)(?<!\\)\$\$", re.DOTALL)
@@ -44,6 +48,17 @@ def reading_order(root=ROOT):
         "contents"
     ]
     return list(_flatten(contents))
+
+
+def following(name, root=ROOT):
+    "The page that a reader of this one goes on with: the next core page, or the next page of reference; None at the end."
+    order = reading_order(root)
+    if name in CORE[:-1]:
+        return CORE[CORE.index(name) + 1]
+    if name == "index.ipynb":
+        return CORE[0]
+    rest = [other for other in order if other not in CORE] if name not in CORE else order
+    return next(iter(rest[rest.index(name) + 1 :]), None) if name in rest else None
 
 
 def _flatten(contents):

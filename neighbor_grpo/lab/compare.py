@@ -43,7 +43,8 @@ from ..runs.folder import (Checkpoints, check_config, hold_folder, make_folder,
                                        write_config)
 from ..runs.plugins import GIVEN, Plugin
 from ..tables import markdown_table
-from ..runs.trainer import Trainer, run_config, save_picture
+from ..runs.pictures import save_picture
+from ..runs.trainer import Trainer, run_config
 from ..training import Task, TrainSettings, evaluations, penalties_of
 
 # %% ../../nbs/lab/compare.ipynb #55fdd2ab

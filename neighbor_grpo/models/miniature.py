@@ -42,7 +42,8 @@ from .pipeline import (
 from .sd3 import SD3
 from ..runs.machine import quiet
 from ..solvers import solve
-from ..runs.trainer import Snapshot, draw_panels, image_grid
+from ..runs.pictures import draw_panels, image_grid
+from ..runs.state import Snapshot
 
 # %% ../../nbs/models/miniature.ipynb #e1abb225
 with quiet():  # without hints to install torchvision, which would break things

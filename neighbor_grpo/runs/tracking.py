@@ -19,7 +19,8 @@ from accelerate.tracking import GeneralTracker
 
 from ..flow import require
 from .folder import gather, read_config, world, write_atomically
-from .trainer import Trainer, image_grid
+from .pictures import image_grid
+from .trainer import Trainer
 
 # %% ../../nbs/runs/tracking.ipynb #ebb22481
 TRACKERS = ("tensorboard", "wandb", "trackio")

@@ -24,7 +24,8 @@ from ..flow import Velocity, randn, require, seeded, time_grid
 from ..toyflows import TimeEmbedding, train_flow
 from ..solvers import solve
 from ..runs.folder import load_or_train
-from ..runs.trainer import draw_panels, image_grid, snapshot_of
+from ..runs.pictures import draw_panels, image_grid
+from ..runs.state import snapshot_of
 from ..training import Task
 
 # %% ../../nbs/tasks/digits.ipynb #103f1eb7

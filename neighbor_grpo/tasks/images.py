@@ -34,7 +34,7 @@ from ..rewards.judges import Rewards, make_rewards, parse_rewards, reward_names
 from ..runs.folder import (
     checksum, gather, make_folder, read_sealed, seal, sync_folder, world, write_atomically)
 from ..runs.machine import choose_device
-from ..runs.trainer import draw_panels, image_grid
+from ..runs.pictures import draw_panels, image_grid
 from ..models.pipeline import (
     Family, PipelinePolicy, PipelineSettings, PipelineTask, WithoutAdapters, absolute, check_source,
     count_cut, decode, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)

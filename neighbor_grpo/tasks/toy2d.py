@@ -20,7 +20,8 @@ from ..flow import Velocity, randn, require, seeded, time_grid
 from ..toyflows import VelocityMLP, eight_gaussians, train_flow
 from ..solvers import solve
 from ..runs.folder import load_or_train
-from ..runs.trainer import draw_panels, snapshot_of
+from ..runs.pictures import draw_panels
+from ..runs.state import snapshot_of
 from ..training import Task
 
 # %% ../../nbs/tasks/toy2d.ipynb #e432b7c9
