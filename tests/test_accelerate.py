@@ -30,8 +30,8 @@ from neighbor_grpo.runs import processes as distributed
 from neighbor_grpo.runs import tracking
 from neighbor_grpo.runs.folder import gather, read_rows
 from neighbor_grpo.runs.processes import check_environment, check_world, make_accelerator, splitter
-from neighbor_grpo.runs.tracking import TRACKERS, Tracking, flattened
 from neighbor_grpo.runs.state import trained_state
+from neighbor_grpo.runs.tracking import TRACKERS, Tracking, flattened
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import TrainSettings

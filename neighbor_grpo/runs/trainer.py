@@ -8,7 +8,6 @@ __all__ = ['ROWS', 'run_config', 'Trainer']
 # %% ../../nbs/runs/trainer.ipynb #6d1d1d43
 import json
 import platform
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
