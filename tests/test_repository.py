@@ -24,12 +24,14 @@ MODULES = sorted(path for path in LIBRARY.rglob("*.py") if not path.stem.startsw
 # Modules of the larger rungs, which are imported only when they are asked for, and may need what extras install.
 LARGE = {"lab.cost", "models.flux", "models.miniature", "models.pipeline", "models.sd3", "rewards.judges"}
 LARGE |= {"rewards.remote", "runs.processes", "runs.tracking", "tasks.images"}
+NOTEBOOK = {"figures"}  # for pages: its functions need what the extra `notebooks` installs
 # What takes seconds to import, or what a plain install does not bring: the other modules must not even try.
 FORBIDDEN = (
     "diffusers transformers peft accelerate torchvision torchaudio sentencepiece ftfy open_clip hpsv2 "
-    "nbdev fastcore execnb IPython ipywidgets pytest hypothesis"
+    "nbdev fastcore execnb IPython ipywidgets matplotlib_inline pytest hypothesis"
 ).split()
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS |= {"matplotlib_inline": "matplotlib-inline"}
 MAX_FUNCTION = 40  # lines of code in a function
 MAX_LIBRARY = 8000  # lines of code, without docstrings and comments
 
@@ -314,6 +316,8 @@ def test_imports_are_declared(path):
     declared = requirement_names(settings["requirements"])
     if dotted(path) in LARGE:
         declared |= requirement_names(settings["extra_sd3"] + " " + settings["extra_rewards"])
+    if dotted(path) in NOTEBOOK:
+        declared |= requirement_names(settings["extra_notebooks"])
     undeclared = {DISTRIBUTIONS.get(name, name).lower() for name in imported(path)} - declared
     assert not undeclared, f"{path.name} imports what settings.ini does not require: {undeclared}"
 
