@@ -48,13 +48,13 @@ def split_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 # %% ../../nbs/runs/state.ipynb #0a9005ed
 def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    "The optimiser's state as named tensors, for safetensors."
+    "The optimizer's state as named tensors, for safetensors."
     return {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
             for name, value in state.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    "The inverse of `flat_optimizer`; learning rate and the like stay as the optimiser has them."
+    "The inverse of `flat_optimizer`; learning rate and the like stay as the optimizer has them."
     state: dict[int, dict[str, Tensor]] = {}
     weights = sum((group["params"] for group in optimizer.param_groups), [])
     for key, value in tensors.items():
