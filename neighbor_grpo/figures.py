@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['GOOD', 'BAD', 'ANCHOR', 'TARGET', 'OLD', 'NEW', 'DATA', 'NOISE', 'SOLVERS', 'ALGORITHMS', 'advantage_colors', 'Value',
-           'use_style', 'flipbook', 'animate', 'live']
+           'NUMBERS', 'use_style', 'flipbook', 'animate', 'live']
 
 # %% ../nbs/figures.ipynb #08a11629
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import matplotlib.pyplot as plt
+import PIL.Image
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -24,43 +26,62 @@ ANCHOR, TARGET = "#000000", "#CC79A7"  # what is pulled; what the reward asks fo
 OLD, NEW = "#888888", "#0072B2"  # before and after an update or a training
 DATA, NOISE = "#BBBBBB", "#56B4E9"  # the two ends of the flow
 SOLVERS = {"euler": "#888888", "heun": "#CC79A7", "dpm++2m": "#0072B2", "ab2": "#E69F00"}
-ALGORITHMS = {"neighbor": "#0072B2", "flow": "#E69F00", "dance": "#B8860B", "mix": "#CC79A7",
-              "mix-flash": "#A64D79", "mix-flash-star": "#7A3B5A", "tempflow": "#D55E00",
-              "nft": "#009E73", "v": "#56B4E9", "op": "#666666", "tmpo": "#000000"}
+ALGORITHMS = {"neighbor": "#0072B2", "flow": "#E69F00", "dance": "#B8860B",
+              "mix": "#CC79A7", "mix-flash": "#A64D79", "mix-flash-star": "#7A3B5A",
+              "tempflow": "#D55E00", "nft": "#009E73", "v": "#56B4E9", "op": "#666666",
+              "tmpo": "#000000"}
 advantage_colors = LinearSegmentedColormap.from_list("advantages", [BAD, "#EEEEEE", GOOD])
 
 # %% ../nbs/figures.ipynb #4a160404
 def use_style() -> None:
-    "Axes without a box, readable sizes, and figures that are sharp on a screen of double density."
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 11,
-                         "figure.figsize": (9, 3.6), "figure.dpi": 100, "savefig.dpi": 180,
-                         "legend.frameon": False, "image.cmap": "viridis"})
+    "Axes without a box, readable sizes, and figures for screens of double density."
+    plt.rcParams.update({
+        "axes.spines.top": False, "axes.spines.right": False, "font.size": 11,
+        "figure.figsize": (9, 3.6), "figure.dpi": 100, "savefig.dpi": 180,
+        "legend.frameon": False, "image.cmap": "viridis"})
     from matplotlib_inline.backend_inline import set_matplotlib_formats
     set_matplotlib_formats("retina")
 
 # %% ../nbs/figures.ipynb #d7af6bf6
 PLAYER = """
-<figure class="flipbook" id="{name}">
-<img src="{first}" alt="{alt}">
-<div class="flipbook-controls">{button}
-<input type="range" min="0" max="{last}" value="{start}" aria-label="{label}" aria-valuetext="{text}">
-<output>{text}</output></div>
+<figure class="flipbook" id="{identity}" style="margin:0">
+<img src="{first}" alt="{alt}" width="{width}" height="{height}"
+ style="display:block;max-width:100%;height:auto;background:#fff">
+<div class="flipbook-controls" hidden
+ style="align-items:center;gap:.8em;padding:.4em 0">{button}
+<input type="range" min="0" max="{last}" value="{start}" aria-label="{label}"
+ aria-valuetext="{text}" style="flex:1 1 14em;max-width:28em">
+<output aria-live="off" style="flex:2 1 12em">{text}</output></div>
 <script>(() => {{
-  const figure = document.getElementById("{name}"), frames = {frames};
-  const image = figure.querySelector("img"), slider = figure.querySelector("input");
-  const output = figure.querySelector("output"), button = figure.querySelector("button");
+  const figure = document.getElementById("{identity}"), frames = {frames};
+  const find = selector => figure.querySelector(selector);
+  const image = find("img"), slider = find("input");
+  const output = find("output"), button = find("button"), bar = find(".flipbook-controls");
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const pause = calm ? Math.max(1500, {pause}) : {pause};
+  frames[{start}].image = image.src;
+  const loaded = frames.map(frame => Object.assign(new Image(), {{src: frame.image}}));
   let timer = null;
   const show = k => {{
-    slider.value = k; image.src = frames[k].image; image.alt = frames[k].alt;
-    output.textContent = frames[k].text; slider.setAttribute("aria-valuetext", frames[k].text);
+    slider.value = k; image.src = loaded[k].src; image.alt = frames[k].alt;
+    output.textContent = frames[k].text;
+    slider.setAttribute("aria-valuetext", frames[k].text);
   }};
-  const stop = () => {{ clearInterval(timer); timer = null; if (button) button.textContent = "▶ Play"; }};
+  const atEnd = () => +slider.value === frames.length - 1;
+  const stop = () => {{
+    clearInterval(timer); timer = null;
+    if (button) button.textContent = "▶ Play";
+  }};
+  const next = () => {{ show(+slider.value + 1); if (atEnd()) stop(); }};
   slider.addEventListener("input", () => {{ stop(); show(+slider.value); }});
   if (button) button.addEventListener("click", () => {{
     if (timer) return stop();
+    if (atEnd()) show(0);
     button.textContent = "⏸ Pause";
-    timer = setInterval(() => show((+slider.value + 1) % frames.length), {pause});
+    timer = setInterval(next, pause);
   }});
+  bar.hidden = false;
+  bar.style.display = "flex";
 }})();</script>
 </figure>"""
 
@@ -68,16 +89,25 @@ PLAYER = """
 def frame(
     figure: Figure,  # closed afterwards
     dpi: int,
-) -> tuple[str, bytes]:  # a data address, the picture's bytes
-    "A figure as WebP."
+) -> PIL.Image.Image:
+    "A figure as a picture of points."
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="webp", dpi=dpi, pil_kwargs={"quality": 80, "method": 6})
+    figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
-    picture = buffer.getvalue()
-    return "data:image/webp;base64," + base64.b64encode(picture).decode(), picture
+    return PIL.Image.open(buffer).convert("RGB")
+
+
+def address(
+    picture: PIL.Image.Image,
+) -> str:  # "data:image/webp;base64,…"
+    "A picture as an address that holds it."
+    buffer = io.BytesIO()
+    picture.save(buffer, format="webp", quality=80, method=6)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 # %% ../nbs/figures.ipynb #1b21cc88
 Value = TypeVar("Value")
+NUMBERS = itertools.count(1)
 
 
 def flipbook(
@@ -85,25 +115,31 @@ def flipbook(
     values: Sequence[Value],  # one frame each
     name: str,  # of the setting, shown beside the slider: "sigma"
     alt: Callable[[Value], str],  # what the frame shows, for those who cannot see it
-    start: int = 0,  # the frame that is shown first
-    play: bool = False,  # a button that runs through the frames
-    pause: int = 160,  # ms between two frames
+    start: int = 0,  # the frame that is shown first; -1: the last
+    play: bool = False,  # a button that runs through the frames, to the last one
+    pause: int = 160,  # ms between two frames; at least 1500 for readers who ask for less motion
     show: Callable[[Value], str] = str,  # a value as text
     dpi: int = 150,  # 150 with a 7.5 inch figure: 1125 pixels wide
 ) -> object:  # IPython's HTML
     "Frames under a slider, all in the page."
     from IPython.display import HTML
+    pictures = [frame(draw(value), dpi) for value in values]
+    sizes = {picture.size for picture in pictures}
+    if len(sizes) != 1:
+        raise ValueError(f"draw must return figures of one size, got {sorted(sizes)}")
+    start, (width, height) = range(len(pictures))[start], sizes.pop()
     texts = [f"{name} = {show(value)}" if name else show(value) for value in values]
-    frames = [{"image": frame(draw(value), dpi)[0], "alt": alt(value), "text": text}
-              for value, text in zip(values, texts, strict=True)]
-    first = frames[start]
-    identity = "flipbook-" + "".join(c if c.isalnum() else "-" for c in (name or draw.__name__))
+    frames = [{"image": address(picture), "alt": alt(value), "text": text}
+              for picture, value, text in zip(pictures, values, texts, strict=True)]
+    first, word = frames[start], "".join(c if c.isalnum() else "-" for c in name or "frame")
+    stored = [one | {"image": ""} if one is first else one for one in frames]
     button = '\n<button type="button">▶ Play</button>' if play else ""
+    safe = {"alt": first["alt"], "label": name or "frame", "text": first["text"]}
     return HTML(PLAYER.format(
-        name=identity, first=first["image"], alt=html.escape(first["alt"]), button=button,
-        last=len(frames) - 1, start=start, label=html.escape(name or "frame"),
-        text=html.escape(first["text"]), pause=pause,
-        frames=json.dumps(frames).replace("</", "<\\/")))
+        identity=f"flipbook-{word}-{next(NUMBERS)}", first=first["image"], start=start,
+        last=len(frames) - 1, width=width, height=height, button=button, pause=pause,
+        frames=json.dumps(stored).replace("<", "\\u003c"),
+        **{key: html.escape(value) for key, value in safe.items()}))
 
 # %% ../nbs/figures.ipynb #797f2fd1
 def animate(
@@ -112,12 +148,13 @@ def animate(
     path: str,  # of an animated WebP, which a README can show as well
     pause: int = 160,  # ms between two frames
     dpi: int = 110,
+    hold: int = 0,  # ms more for the last frame, before the first returns
 ) -> None:
     "The same frames as one animated picture."
-    from PIL import Image
-    frames = [Image.open(io.BytesIO(frame(draw(value), dpi)[1])).convert("RGB") for value in values]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=pause, loop=0,
-                   quality=75, method=6)
+    frames = [frame(draw(value), dpi) for value in values]
+    durations = [pause] * (len(frames) - 1) + [pause + hold]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations,
+                   loop=0, quality=75, method=6)
 
 # %% ../nbs/figures.ipynb #b793c7ac
 def live(
@@ -125,6 +162,6 @@ def live(
     values: Sequence[Value],
     name: str,  # of the setting
 ) -> None:
-    "The same picture with a slider of Jupyter's, drawn anew for each value; it needs a kernel."
+    "The same picture with a slider of Jupyter's, drawn anew for each value by a kernel."
     from ipywidgets import SelectionSlider, interact
     interact(draw, **{name: SelectionSlider(options=values, continuous_update=False)})
