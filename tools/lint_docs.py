@@ -457,8 +457,8 @@ def equation(page, site):
 # --- staging and running ---
 
 
-def stage(root):
-    "Write the pages as Quarto will read them to `root/_proc`; fails on a cell that fails."
+def stage(root, force=True):
+    "Write the pages as Quarto will read them to `root/_proc`, all or those that changed; fails on a cell that fails."
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -472,7 +472,7 @@ def stage(root):
     get_config.cache_clear()
     refresh_quarto_yml()
     # One process: with workers, a failing cell would be printed and forgotten.
-    staged = proc_nbs(force=True, n_workers=0)
+    staged = proc_nbs(force=force, n_workers=0)
     if not list(staged.glob("*.ipynb")):
         raise RuntimeError(
             f"nothing was staged: nbdev skips folders whose path has a part that starts with a dot: {root}"

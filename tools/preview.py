@@ -1,92 +1,242 @@
-"""Look at a page without Quarto: render a staged page to one HTML file.
+"""Look at the site without Quarto: stage, render with smalldocs, then serve it or take pictures of pages.
 
-    python tools/lint_docs.py                  # stages the pages
-    python tools/preview.py lab/compare        # writes _docs/preview/lab/compare.html and prints its path
+    python tools/preview.py                                      # the whole site at http://127.0.0.1:4200
+    python tools/preview.py method lab/compare                   # pictures of two pages, in _docs/pictures/
+    python tools/preview.py method --width 390 --theme dark      # as a telephone in the dark shows it
+    python tools/preview.py method --at one-leaping-step         # what a screen shows from this heading on
 
-The words, figures, equations and code are those of the site; its theme, sidebar and search are not.
+Only pages that changed are staged again. smalldocs and its fastcore 2 live in an environment of their own beside nbdev:
+`.smalldocs/`, made on first use, or the folder that the environment variable SMALLDOCS names. Pictures need Chromium and
+`pip install -e '.[site]'`. Nothing is fetched from the network: KaTeX is npm's copy, and pictures refuse other hosts.
+Under Quarto the same pages look nearly the same; the theme's typeface, for one, comes from the system here.
 """
 
 import argparse
+import contextlib
+import functools
+import http.server
+import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
+import threading
+import venv
 from pathlib import Path
 
-import nbformat
 import yaml
-from nbconvert import HTMLExporter
-from traitlets.config import Config
 
+import lint_docs
 import pages as text
 
-STYLE = (
-    "<style>body{max-width:900px;margin:auto}.jp-InputPrompt,.jp-OutputPrompt{display:none}img{max-width:100%}</style>"
-)
+SMALLDOCS = "smalldocs==0.5.4"
+CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist/")
+WEB_FONT = re.compile(r"@import url\(https://fonts\.googleapis\.com[^)]*\);")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# No sandbox, because it refuses to run as root; and nothing that the browser would ask its maker's hosts for.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update"]
+SLICE = 1600  # pixels of one picture: a page is many screens long
 
 
-def readable(cell, equations):
-    "Turn what Quarto would interpret into plain Markdown and code; equations move to `equations`."
-    if cell.cell_type == "raw":
-        front = yaml.safe_load(cell.source.strip().strip("-")) or {}
-        cell.cell_type = "markdown"
-        cell.source = f"# {front.get('title', '')}\n\n> {front.get('description', '')}"
-    elif cell.cell_type == "markdown":
-        cell.source = re.sub(r"^:::.*$", "", cell.source, flags=re.MULTILINE)
-    if cell.cell_type == "markdown":
-        cell.source = set_aside(cell.source, equations)
-    for output in cell.get("outputs", []):
-        if "text/markdown" in output.get("data", {}):
-            output.data["text/markdown"] = set_aside("".join(output.data["text/markdown"]), equations)
-    if cell.cell_type == "code":
-        options, code = text.directives(cell.source), text.split_options(cell.source)[1]
-        cell.source = code
-        if options.get("echo") == "false":
-            cell.metadata.tags = ["hidden-code"]
+# --- rendering ---
 
 
-def set_aside(markdown, equations):
-    "Markdown with a mark in the place of each equation outside of code."
-    codes = []
-
-    def keep(match):
-        codes.append(match.group(0))
-        return f"\x00{len(codes) - 1}\x00"
-
-    def mark(match, display):
-        equations.append({"tex": match.group(1), "display": display})
-        return f"EQUATION{len(equations) - 1}MARK"
-
-    marked = text.CODE_SPAN.sub(keep, text.FENCE.sub(keep, markdown))
-    marked = re.sub(r"(?<=\))\{[^}]*\}", "", marked)  # Quarto's attributes of links
-    marked = text.DISPLAY.sub(lambda match: mark(match, True), marked)
-    marked = text.INLINE.sub(lambda match: mark(match, False), marked)
-    return re.sub(r"\x00(\d+)\x00", lambda match: codes[int(match.group(1))], marked)
+def environment(root=text.ROOT):
+    "The folder of smalldocs's environment, made if it does not exist."
+    folder = Path(os.environ.get("SMALLDOCS") or Path(root) / ".smalldocs")
+    if not (folder / "bin" / "smalldocs").exists():
+        print(f"Making an environment with {SMALLDOCS} in {folder}, once", file=sys.stderr)
+        venv.create(folder, with_pip=True)
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", SMALLDOCS], check=True)
+    return folder
 
 
-def preview(page, root=text.ROOT):
-    "Render one staged page; the path of the HTML file."
-    notebook, equations = nbformat.read(Path(root) / "_proc" / f"{page}.ipynb", as_version=4), []
-    for cell in notebook.cells:
-        readable(cell, equations)
-    config = Config(TagRemovePreprocessor={"remove_input_tags": ["hidden-code"]})
-    html, _ = HTMLExporter(config=config, mathjax_url="").from_notebook_node(notebook)
+def render(root=text.ROOT):
+    "Render what is staged in `_proc` to `_docs/preview`; the folder of the site."
+    root, library = Path(root), environment(root)
     missing = text.katex_missing()
-    answers = [] if missing else text.render_equations(equations)
-    rendered = [answer.get("html", answer.get("error")) for answer in answers] or [item["tex"] for item in equations]
-    html = re.sub(r"(id|href)=\"[^\"]*\"", lambda match: match.group(0).replace("MARK", ""), html)
-    html = re.sub(r"EQUATION(\d+)MARK", lambda match: rendered[int(match.group(1))], html)
-    css = (text.KATEX / "node_modules" / "katex" / "dist" / "katex.min.css").as_uri()
-    path = Path(root) / "_docs" / "preview" / f"{page}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html.replace("</head>", f'<link rel="stylesheet" href="{css}">{STYLE}</head>'), encoding="utf-8")
-    return path
+    if missing:
+        raise SystemExit(missing)
+    site = root / "_docs" / "preview"
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "site"
+        shutil.copytree(root / "_proc", project, ignore=shutil.ignore_patterns("_docs", ".quarto"))
+        adapt(project, vendored(library, "cosmo.min.css"))
+        process = subprocess.run([library / "bin" / "smalldocs", "render", "-q", project], capture_output=True, text=True)
+        # Every page names its output file, and the links to other sites' files are checked by the lint.
+        notes = [line for line in process.stderr.splitlines() if "output-file is not read" not in line]
+        print(*notes, sep="\n", file=sys.stderr, end="\n" if notes else "")
+        process.check_returncode()
+        shutil.rmtree(site, ignore_errors=True)
+        shutil.copytree(project / "_docs", site)
+    make_local(site)
+    return site
+
+
+def vendored(library, name):
+    "The text of one of the themes that come with smalldocs."
+    return next(library.glob(f"lib/python*/site-packages/smalldocs/assets/vendor/bootswatch/{name}")).read_text()
+
+
+def adapt(project, theme):
+    "Write what smalldocs cannot make from Quarto's options: the dark theme, since it compiles no Sass."
+    config = yaml.safe_load((project / "_quarto.yml").read_text(encoding="utf-8"))
+    # Bootstrap holds a dark variant of each theme; as the alternate stylesheet it needs no attribute.
+    colors = (project / "dark.scss").read_text(encoding="utf-8") if (project / "dark.scss").exists() else ""
+    names = re.findall(r"^\$([\w-]+):\s*([^;]+?)(?:\s*!default)?;", colors, re.MULTILINE)
+    own = "".join(f"--bs-{name}:{value};" for name, value in names if value.startswith("#"))
+    dark = theme.replace("[data-bs-theme=dark]", ":root") + f":root{{color-scheme:dark;{own}}}"
+    (project / "cosmo-dark.css").write_text(WEB_FONT.sub("", dark), encoding="utf-8")
+    config["smalldocs"] = {"theme": {"light": "cosmo", "dark": "cosmo-dark.css"}}
+    for option in ("html-math-method", "grid"):
+        config["format"]["html"].pop(option, None)
+    (project / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def make_local(site):
+    "Take KaTeX from npm's copy, and no typeface from the network."
+    shutil.copytree(text.KATEX / "node_modules" / "katex" / "dist", site / "site_libs" / "katex")
+    for path in site.rglob("*.html"):
+        up = "../" * (len(path.relative_to(site).parts) - 1)
+        html = path.read_text(encoding="utf-8")
+        path.write_text(CDN.sub(f"{up}site_libs/katex/", html), encoding="utf-8")
+    for path in (site / "site_libs" / "themes").glob("*.css"):
+        path.write_text(WEB_FONT.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+# --- serving ---
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    "Serves files without a line for each."
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(site, port=0):
+    "The address of a server of this folder, while the block runs."
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+
+
+# --- pictures ---
+
+
+def browser_missing():
+    "Why there is no browser to look with, or None if there is."
+    try:
+        import playwright  # noqa: F401
+    except ImportError:
+        return "playwright is not installed: run `pip install -e '.[site]'`"
+    if not find_browser():
+        return "Chromium is not installed (Debian's package is `chromium`); CHROMIUM may name another one's path"
+    return None
+
+
+def find_browser():
+    "The path of Chromium, or None."
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+@contextlib.contextmanager
+def browsing():
+    "Chromium, driven by playwright, while the block runs."
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=FLAGS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_page(browser, address, width=1440, theme="light", height=900):
+    "A tab of this width and theme at an address, with all equations set; requests to other hosts go to `tab.refused`."
+    tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
+    tab.refused = []
+
+    def route(request):
+        tab.refused.append(request.request.url)
+        request.abort()
+
+    tab.route(lambda url: not url.startswith(("http://127.0.0.1:", "data:", "blob:")), route)
+    tab.goto(address, wait_until="load")
+    tab.evaluate("document.fonts.ready")
+    return tab
+
+
+def take(browser, address, page, folder, width, theme, at=None):
+    "Write pictures of one page; their paths."
+    tab = open_page(browser, f"{address}{page}.html", width, theme)
+    name = f"{page.replace('/', '-')}-{width}-{theme}"
+    if at:
+        path = folder / f"{name}-{at}.png"
+        tab.locator(f"[id='{at}']").first.evaluate("element => element.scrollIntoView()")
+        tab.screenshot(path=path)
+        paths = [path]
+    else:
+        # A window as tall as the page: what sticks to the window then stands at the top, once.
+        height = tab.evaluate("document.documentElement.scrollHeight")
+        tab.set_viewport_size({"width": width, "height": height})
+        tops = range(0, height, SLICE)
+        paths = [folder / f"{name}-{number:02d}.png" for number, _ in enumerate(tops)]
+        for top, path in zip(tops, paths, strict=True):
+            box = {"x": 0, "y": top, "width": width, "height": min(SLICE, height - top)}
+            tab.screenshot(path=path, clip=box)
+    for url in sorted(set(tab.refused)):
+        print(f"{page}: asks another host, refused: {url[:100]}", file=sys.stderr)
+    tab.close()
+    return paths
+
+
+def pictures(names, site, folder, width, theme, at):
+    "Write pictures of pages of a rendered site, and print their paths."
+    missing = browser_missing()
+    if missing:
+        raise SystemExit(missing)
+    folder.mkdir(parents=True, exist_ok=True)
+    with serving(site) as address, browsing() as browser:
+        for name in names:
+            page = name.removeprefix("nbs/").removesuffix(".ipynb").removesuffix(".html")
+            print(*take(browser, address, page, folder, width, theme, at), sep="\n")
 
 
 def main():
     "Command line."
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("pages", nargs="+", metavar="PAGE", help="a notebook in nbs/, with or without .ipynb")
-    for page in parser.parse_args().pages:
-        print(preview(page.removeprefix("nbs/").removesuffix(".ipynb")))
+    parser = argparse.ArgumentParser(
+        description="Stage and render the site without Quarto, then serve it or take pictures of pages."
+    )
+    parser.add_argument("pages", nargs="*", metavar="PAGE", help="pages to take pictures of, such as lab/compare")
+    parser.add_argument("--width", type=int, default=1440, help="of the window in pixels (default 1440; a telephone: 390)")
+    parser.add_argument("--theme", choices=["light", "dark"], default="light", help="(default light)")
+    parser.add_argument("--at", metavar="ID", help="one screen from this heading on, instead of the whole page")
+    parser.add_argument("--to", type=Path, help="folder of the pictures (default _docs/pictures)")
+    parser.add_argument("--root", type=Path, default=text.ROOT, help="the checkout (default: this one)")
+    parser.add_argument("--no-stage", action="store_true", help="render what is already in _proc/")
+    parser.add_argument("--port", type=int, default=4200, help="where the site is served (default 4200)")
+    arguments = parser.parse_args()
+    root = arguments.root.resolve()
+    to = (arguments.to or root / "_docs" / "pictures").resolve()
+    if not arguments.no_stage:
+        lint_docs.stage(root, force=False)
+    site = render(root)
+    if arguments.pages:
+        pictures(arguments.pages, site, to, arguments.width, arguments.theme, arguments.at)
+    else:
+        with serving(site, arguments.port) as address:
+            print(f"{address} (end with Control-C)", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
 
 
 if __name__ == "__main__":
