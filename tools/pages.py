@@ -51,7 +51,7 @@ def reading_order(root=ROOT):
 
 
 def following(name, root=ROOT):
-    "The page that a reader of this one goes on with: the next core page, or the next page of reference; None at the end."
+    "The page that a reader of this one goes on with: the next core page, or the next page of reference; or None."
     order = reading_order(root)
     if name in CORE[:-1]:
         return CORE[CORE.index(name) + 1]
