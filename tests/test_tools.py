@@ -9,8 +9,8 @@ import make_readme
 import pages
 
 PICTURE = [{"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}]
-FRONT = {"cell_type": "raw", "source": "---\ntitle: Solvers\ndescription: How to follow a flow\n---"}
-TITLE = {"cell_type": "markdown", "id": "t", "source": "# Solvers\n\n> How to follow a flow"}
+FRONT = {"cell_type": "raw", "source": "---\ntitle: GRPO\ndescription: How a group is scored\n---"}
+TITLE = {"cell_type": "markdown", "id": "t", "source": "# GRPO\n\n> How a group is scored"}
 ONWARD = {"cell_type": "markdown", "id": "o", "source": "Next: [steps](sde.ipynb)."}
 
 
@@ -25,7 +25,7 @@ def code(source, outputs=()):
 
 def site(*cells, title=TITLE, front=FRONT, last=ONWARD):
     "A site of two pages, the first of which holds `cells`."
-    page = lint_docs.Page("solvers.ipynb", [title, *cells, last], [front, *cells, last])
+    page = lint_docs.Page("grpo.ipynb", [title, *cells, last], [front, *cells, last])
     following = lint_docs.Page("sde.ipynb", [prose("## A step")], [prose("## A step\n\n## A step\n\n[]{#mark}")])
     return lint_docs.Site(pages.ROOT, [page, following])
 
@@ -41,6 +41,7 @@ SOUND = [
     ),
     prose("See [up](#a-heading), @eq-one, [there](sde.ipynb#a-step-1), [mark](./sde.ipynb#mark), $f[x](y)$,"),
     prose("[paper](https://arxiv.org/abs/2511.16955), ![a dot](styles.css), `flow.py`, `torch.nothing`, `[no](link)`."),
+    prose('![](styles.css){fig-alt="a dot"}'),
     code('#| fig-alt: "a dot"\n#| echo: false\nplot()', PICTURE),
     code("#| exports\ndef f():\n    import math"),
     code("#| export\nimport torch"),
@@ -60,6 +61,7 @@ BROKEN = [
     ("figure", code('#| fig-alt: "one"\nplot()', 2 * PICTURE)),
     ("figure", code("show()", [{"output_type": "display_data", "data": {"text/html": "<img src='x.png'>"}}])),
     ("figure", prose("![](styles.css)")),
+    ("figure", prose('![](styles.css){fig-alt=""}')),
     ("output", code("print(1)")),
     ("output", code("f()", [{"output_type": "error", "ename": "ValueError", "evalue": "no"}])),
     ("output", code("f()", [{"output_type": "stream", "name": "stderr", "text": "UserWarning: no"}])),
@@ -154,6 +156,9 @@ def test_names_and_order():
         ("[a](tasks/digits.ipynb)", "[a](nbs/tasks/digits.ipynb)"),
         ("[a](./flow.ipynb#symbols)", "[a](nbs/flow.ipynb)"),
         ("![dots](images/dots.png){width=50%}", "![dots](nbs/images/dots.png)"),
+        ('![](images/dots.png){fig-alt="Three dots."}', "![Three dots.](nbs/images/dots.png)"),
+        ('<img src="images/dots.png" alt="dots">', '<img src="nbs/images/dots.png" alt="dots">'),
+        ("[run](help/commands.ipynb){.btn}", "[run](nbs/help/commands.ipynb)"),
         ("[l](https://github.com/neighbor-grpo/neighbor_grpo/blob/main/LICENSE)", "[l](LICENSE)"),
         ("[paper](https://arxiv.org/abs/2511.16955) [up](#up)", "[paper](https://arxiv.org/abs/2511.16955) [up](#up)"),
         ("$a_i$ and `$b$`", "$`a_i`$ and `$b$`"),

@@ -116,7 +116,7 @@ class Page:
             prose = text.without_math(text.without_code(markdown))
             for match in text.LINK.finditer(prose):
                 # Images inside a link are matched as its text.
-                found += [(number, m["target"], m["text"], bool(m["image"])) for m in _nested(match)]
+                found += [(number, m["target"], text.words_of(m), bool(m["image"])) for m in _nested(match)]
             found += [(number, a or b, "", False) for a, b in HTML_LINK.findall(prose)]
         return found
 

@@ -26,7 +26,7 @@ def make_readme(root=text.ROOT):
         if cell["cell_type"] == "markdown":
             parts.append(prose(cell["source"], root))
         elif cell["cell_type"] == "code" and not HIDDEN & text.directives(cell["source"]).keys():
-            parts += code(cell, number, figures)
+            parts += code(cell, number, figures, root)
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n", figures
 
 
@@ -39,6 +39,7 @@ def prose(markdown, root):
     kept = text.DISPLAY.sub(lambda match: f"```math\n{match.group(1).strip()}\n```", kept)
     kept = text.INLINE.sub(lambda match: f"$`{match.group(1)}`$", kept)
     kept = text.LINK.sub(lambda match: link(match, root), kept)
+    kept = re.sub(r'\b(src|srcset)="([^"]+)"', lambda match: f'{match[1]}="{repository_path(match[2], root)}"', kept)
     return re.sub(r"\x00(\d+)\x00", lambda match: codes[int(match.group(1))], kept)
 
 
@@ -54,8 +55,8 @@ def protect(markdown):
 
 
 def link(match, root):
-    "A link of the site as a link in the repository."
-    return f"{match['image']}[{match['text']}]({repository_path(match['target'], root)})"
+    "A link of the site as a link in the repository; the description of an image becomes its text."
+    return f"{match['image']}[{text.words_of(match)}]({repository_path(match['target'], root)})"
 
 
 def repository_path(target, root):
@@ -70,16 +71,17 @@ def repository_path(target, root):
     return f"{config['nbs_path']}/{path}" + (mark + fragment if not path.endswith(".ipynb") else "")
 
 
-def code(cell, number, figures):
+def code(cell, number, figures, root):
     "A code cell as Markdown: its code and what it shows. Figures are added to `figures`."
     options, source = text.directives(cell["source"]), text.split_options(cell["source"])[1]
-    parts = [] if options.get("echo") == "false" else [f"```python\n{source.strip()}\n```"]
+    folded = options.get("echo") == "false" or options.get("code-fold") == "true"
+    parts = [] if folded else [f"```python\n{source.strip()}\n```"]
     if options.get("output") == "false" or options.get("include") == "false":
         return parts if options.get("include") != "false" else []
     alts = yaml.safe_load(options.get("fig-alt", "")) or ""
     alts = alts if isinstance(alts, list) else [alts]
     for output in merged(cell["outputs"]):
-        parts += shown(output, alts, number, figures)
+        parts += shown(output, alts, number, figures, root)
     return parts
 
 
@@ -94,7 +96,7 @@ def merged(outputs):
     return result
 
 
-def shown(output, alts, number, figures):
+def shown(output, alts, number, figures, root):
     "One output as Markdown, in the form that a page would prefer."
     data = output["data"]
     for mime, suffix in SUFFIXES.items():
@@ -104,7 +106,7 @@ def shown(output, alts, number, figures):
             figures[path] = raw
             return [f"![{alts.pop(0) if alts else ''}]({path})"]
     if "text/markdown" in data:
-        return [data["text/markdown"]]
+        return [prose(data["text/markdown"], root)]
     plain = output.get("text") or data.get("text/plain", "")
     return [f"```text\n{plain.rstrip()}\n```"] if plain.strip() else []
 

@@ -121,6 +121,12 @@ def blank(text, pattern):
     return pattern.sub(lambda match: re.sub(r"[^\n]", " ", match.group(0)), text)
 
 
+def words_of(link):
+    "The text of a match of LINK; for an image that Quarto describes apart from its caption, the description."
+    described = re.search(r'fig-alt="([^"]*)"', link["attributes"] or "")
+    return described[1] if link["image"] and described else link["text"]
+
+
 def without_code(markdown):
     "Markdown without its code blocks and code spans."
     return blank(blank(markdown, FENCE), CODE_SPAN)
