@@ -42,7 +42,8 @@ def field_docs(
         body = next(n for n in tree if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
         for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                docs[ast.unparse(field.target)] = ast.literal_eval(text.value)
+                doc = ast.literal_eval(text.value)
+                docs[ast.unparse(field.target)] = " ".join(doc.split())
     return docs
 
 

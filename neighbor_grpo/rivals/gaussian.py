@@ -18,9 +18,9 @@ from torch import Tensor
 from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import group_advantages, standardized, surrogate
 from ..neighbors import neighbor_noise
-from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States, Surrogate,
-                                    check_settings, choose_steps, everyone, for_each,
-                                    untrained_steps)
+from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States,
+                                    Surrogate, check_settings, choose_steps, everyone,
+                                    for_each, untrained_steps)
 from ..sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
 
 # %% ../../nbs/rivals/gaussian.ipynb #e9bfc457
@@ -34,14 +34,15 @@ class SDEGRPO(StepAlgorithm):
     shift: float | None = 1.0
     "Time shift of the grid; 3 for SD3; None: that of the task."
     grid: Literal["even", "scheduler"] = "even"
-    """Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that passes
-    it no sigmas."""
+    """Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that
+    passes it no sigmas."""
     trained_steps: int = 4
     "K, noisy steps trained for each candidate."
     train_where: Literal["random", "first", "last"] = "random"
     "Which K steps: a random subset for each group, or the first or last K."
     sampler: Literal["flow", "dance", "cps"] = "flow"
-    "Which Gaussian step: Flow-GRPO's, DanceGRPO's, or the one that preserves the coefficients."
+    """Which Gaussian step: Flow-GRPO's, DanceGRPO's, or the one that preserves the
+    coefficients."""
     noise_level: float = 0.7
     "a of Flow-GRPO and CPS, eta of DanceGRPO, > 0; for CPS at most 1."
     shared_noise: bool = False
@@ -57,12 +58,13 @@ class SDEGRPO(StepAlgorithm):
         check_settings(self, *self.trainable)
         require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
         require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "> 0")
-        most, cps_only = (1, " and at most 1 for CPS") if self.sampler == "cps" else (math.inf, "")
-        require(0 < self.noise_level <= most, "noise_level", self.noise_level, "> 0" + cps_only)
+        cps_step = self.sampler == "cps"
+        most, also = (1, " and at most 1 for CPS") if cps_step else (math.inf, "")
+        require(0 < self.noise_level <= most, "noise_level", self.noise_level, "> 0" + also)
 
     @property
     def trainable(self) -> tuple[int, int]:
-        "Least and most steps that can be trained: all but the last, which need not have noise."
+        "Least and most steps that can be trained: all but the last, which may lack noise."
         return 1, self.steps - 1
 
     def times(self) -> Tensor:  # (T+1,)
@@ -71,10 +73,11 @@ class SDEGRPO(StepAlgorithm):
 
     def step(self, x: Tensor, v: Tensor, t: Tensor, t_next: Tensor,
              t_max: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of a noisy step; `t_max` stands for t = 1, where Flow-GRPO's is
-        infinite."""
+        """Mean and deviation of a noisy step; `t_max` stands for t = 1, where Flow-GRPO's
+        is infinite."""
         if self.sampler == "flow": return flow_sde(x, v, t, t_next, self.noise_level, t_max)
-        return (dance_sde if self.sampler == "dance" else cps)(x, v, t, t_next, self.noise_level)
+        step = dance_sde if self.sampler == "dance" else cps
+        return step(x, v, t, t_next, self.noise_level)
 
     def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
         "`(P, *shape) -> (P, count, *shape)`: one noise for the group, or independent ones."
@@ -89,8 +92,10 @@ class SDEGRPO(StepAlgorithm):
         ts, noisy = self.times(), [True] * (self.steps - 1) + [self.noisy_last_step]
         step = partial(self.step, t_max=ts[1])
         cond_each = for_each(cond, groups, size)
-        path = solve_sde(velocity, start.flatten(0, 1), ts, step, cond_each, generator, noisy)
-        return Rollout.of(path, groups, cond, torch.tensor(noisy)[:, None].expand(-1, groups))
+        x = start.flatten(0, 1)
+        path = solve_sde(velocity, x, ts, step, cond_each, generator, noisy)
+        where = torch.tensor(noisy)[:, None].expand(-1, groups)
+        return Rollout.of(path, groups, cond, where)
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
@@ -110,20 +115,22 @@ class SDEGRPO(StepAlgorithm):
         log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
         v_old = states.select(rollout.v)
         old = log_prob.detach() if on_policy else self.log_prob(rollout, states, v_old)
-        return -surrogate(log_prob, old, advantages[states.prompt, states.member], self.clip_range)
+        return -surrogate(log_prob, old, states.of_candidates(advantages), self.clip_range)
 
-    def gaussian(self, rollout: Rollout, states: States, v: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian(self, rollout: Rollout, states: States,
+                 v: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and standard deviation of the trained steps along `v`."
         t_max = states.select_step(rollout.ts[1:2].expand_as(rollout.ts))
         return self.step(states.select(rollout.x), v, *states.times(rollout.ts), t_max)
 
     def log_prob(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
         "(M,): log-density of the stored next state."
-        return gaussian_log_prob(states.select(rollout.x[1:]), *self.gaussian(rollout, states, v))
+        mean, std = self.gaussian(rollout, states, v)
+        return gaussian_log_prob(states.select(rollout.x[1:]), mean, std)
 
-    def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor, log_prob: Tensor,
-              old: Tensor) -> Tensor:
-        "(M,): Kullback-Leibler divergence of the two Gaussian steps, averaged over the dimensions."
+    def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor,
+              log_prob: Tensor, old: Tensor) -> Tensor:
+        "(M,): Kullback-Leibler divergence of the steps, averaged over the dimensions."
         (mean, std), (mean_old, _) = (self.gaussian(rollout, states, u) for u in (v, v_old))
         return ((mean - mean_old) / std).square().flatten(1).mean(1) / 2
 
@@ -134,7 +141,8 @@ class SDEGRPO(StepAlgorithm):
         return states.select_step((move / std).square() / 2)
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        "(S[, P]) each, of steps that can be trained: how far the mean moves with v, and its noise."
+        """(S[, P]) each, of steps that can be trained: how far the mean moves with v, and
+        its noise."""
         first = ts[:len(ts) - 1 - self.steps + self.trainable[1]]
         times = torch.broadcast_tensors(first, ts[1:len(first) + 1], ts[1:2])
         t, t_next, t_max = (values.flatten() for values in times)
@@ -144,7 +152,8 @@ class SDEGRPO(StepAlgorithm):
     @property
     def untrained(self) -> list[int]:
         "The steps that are never trained."
-        return untrained_steps(self.steps, self.trainable[1], self.trained_steps, self.train_where)
+        most = self.trainable[1]
+        return untrained_steps(self.steps, most, self.trained_steps, self.train_where)
 
     @property
     def nfe_old(self) -> float:
@@ -159,7 +168,8 @@ class SDEGRPO(StepAlgorithm):
 # %% ../../nbs/rivals/gaussian.ipynb #7b4fea97
 @dataclass(frozen=True)
 class FlowGRPO(SDEGRPO):
-    "Flow-GRPO (arXiv 2505.05470): noise that grows towards t = 1, independent initial noises."
+    """Flow-GRPO (arXiv 2505.05470): noise that grows towards t = 1, independent initial
+    noises."""
     steps: int = 10
     "T, solver steps of a rollout."
     trained_steps: int = 9
@@ -170,8 +180,8 @@ class FlowGRPO(SDEGRPO):
 # %% ../../nbs/rivals/gaussian.ipynb #cfff281b
 @dataclass(frozen=True)
 class DanceGRPO(SDEGRPO):
-    """DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14 trained,
-    one noise a group."""
+    """DanceGRPO (arXiv 2505.07818) as Neighbor GRPO's paper runs it: 25 steps, a random 14
+    trained, one noise a group."""
     steps: int = 25
     "T, solver steps of a rollout. The DanceGRPO authors' own: 16."
     trained_steps: int = 14
