@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import clipped_surrogate, group_advantages
 from neighbor_grpo.leaping import leaping_entropy, leaping_log_probs, squared_distances
+from neighbor_grpo.neighbors import neighbor_noise
 
 temperatures = st.floats(0.01, 100)
 reductions = st.sampled_from(["mean", "sum"])
@@ -145,3 +146,44 @@ def test_one_hot_policies_still_have_the_whole_gradient():
     gradient = surrogate_gradient(candidates, anchor, anchor, advantages, 1.0, "sum")
     pull = 2 * (advantages[:, :, None, None, None] * candidates).sum(1)
     torch.testing.assert_close(gradient, pull, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_default_clip_needs_the_mean(reduction):
+    "At image size: the error of a ratio in float32, and how far a clip of 1e-4 lets the anchor move."
+    clip_range, size = 1e-4, 65_536
+    group = neighbor_noise(randn((1, size), seeded(2)), 12, 0.3, seeded(3))
+    advantages = group_advantages(randn((1, 12), seeded(16)))
+    pull = (advantages[..., None] * group).sum(1)
+    step = 1e-6 * pull / pull.square().mean().sqrt()  # near the resolution of float32 in every coordinate
+
+    def log_ratio(dtype):
+        x, z, s = group.to(dtype), group[:, 0].to(dtype), step.to(dtype)
+        return leaping_log_probs(x, z + s, 1.0, reduction) - leaping_log_probs(x, z, 1.0, reduction)
+
+    exact = log_ratio(torch.float64)
+    error = (log_ratio(torch.float32).double().exp() - exact.exp()).abs().max()
+    silent = torch.where(advantages > 0, exact > clip_range, exact < -clip_range).sum()
+    if reduction == "mean":
+        assert error < clip_range / 10 and silent == 0
+    else:
+        assert error > clip_range and silent >= 6
+
+
+# --- why the pull goes uphill ---
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_mean_pull_is_the_gradient_times_the_shape_of_the_neighborhood(seed):
+    groups, size, dim, sigma = 20_000, 12, 3, 0.3
+    # a linear solver: from the noise to t', and from the noise to the sample
+    to_state, to_sample = randn((2, dim, dim), seeded(seed), dtype=torch.float64)
+    slope = to_sample.T @ randn((dim,), seeded(seed, 1), dtype=torch.float64)  # of the reward, in the noise
+    uphill = torch.linalg.solve(to_state.T, slope)  # of the reward, in the state
+    noise = neighbor_noise(randn((groups, dim), seeded(4), dtype=torch.float64), size, sigma, seeded(5))
+    states, advantages = noise @ to_state.T, group_advantages(noise @ slope)
+    pulls = surrogate_gradient(states, states[:, 0], states[:, 0], advantages, 1.0, "sum")
+    deviation = math.sqrt(2 / size) * math.exp(math.lgamma(size / 2) - math.lgamma((size - 1) / 2))
+    formula = 2 * size * deviation * sigma / slope.norm() * to_state @ slope
+    assert ((pulls.mean(0) - formula).abs() < 5 * pulls.std(0) / math.sqrt(groups)).all()
+    assert pulls.mean(0) @ uphill > 0
