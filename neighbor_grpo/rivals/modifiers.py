@@ -20,8 +20,8 @@ from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import check_rewards, group_advantages, in_units, surrogate
 from ..neighbor import NeighborGRPO
 from .gaussian import SDEGRPO
-from ..rollouts import (Algorithm, Reward, Rollout, Standardize, StepAlgorithm, Watched,
-                                    check_types, for_each, per_state)
+from ..rollouts import (Algorithm, Reward, Rollout, Standardize, StepAlgorithm,
+                                    Watched, check_types, for_each, per_state)
 from ..solvers import solve
 
 # %% ../../nbs/rivals/modifiers.ipynb #42aa2fd4
@@ -47,7 +47,8 @@ def inside(name: str) -> property:
 
 @dataclass(frozen=True)
 class Modifier(StepAlgorithm):
-    "Another paper's idea around an algorithm. What it does not change, the algorithm inside does."
+    """Another paper's idea around an algorithm. What it does not change, the algorithm
+    inside does."""
     algorithm: Algorithm
     "What is modified; may have modifiers itself."
     fits: ClassVar[type] = StepAlgorithm
@@ -67,19 +68,21 @@ class Modifier(StepAlgorithm):
 
     group_size, shift, grid = (inside(name) for name in ("group_size", "shift", "grid"))
     has_ratio = inside("has_ratio")
-    together, nfe_old, nfe_theta = (inside(name) for name in ("together", "nfe_old", "nfe_theta"))
+    together, nfe_old, nfe_theta = map(inside, ("together", "nfe_old", "nfe_theta"))
     steps, trained_steps, untrained = map(inside, ("steps", "trained_steps", "untrained"))
 
     def starts(self, noise, count, generator=None):
         return self.algorithm.starts(noise, count, generator)
     def follow(self, *arguments): return self.algorithm.follow(*arguments)
-    def advantages(self, *arguments, **named): return self.algorithm.advantages(*arguments, **named)
+    def advantages(self, *arguments, **named):
+        return self.algorithm.advantages(*arguments, **named)
     def choose(self, *arguments): return self.algorithm.choose(*arguments)
     def loss(self, *arguments, **named): return self.algorithm.loss(*arguments, **named)
     def fitted(self, shift): return replace(self, algorithm=self.algorithm.fitted(shift))
     def recall(self, *arguments): return self.algorithm.recall(*arguments)
     def remember(self, *arguments): return self.algorithm.remember(*arguments)
-    def distance_weights(self, *arguments): return self.algorithm.distance_weights(*arguments)
+    def distance_weights(self, *arguments):
+        return self.algorithm.distance_weights(*arguments)
     def response(self, ts): return self.algorithm.response(ts)
     def drift(self, *arguments): return self.algorithm.drift(*arguments)
 
@@ -90,7 +93,8 @@ def shape_advantages(
     scale: str = "group",  # "group" or "batch": whose standard deviation divides
     eps: float = 1e-6,  # added to the standard deviation, > 0
 ) -> Tensor:  # (P, G)
-    "SLAS: `sign(d) |d|^(1 + gamma)` of the standardized reward `d`; by default group advantages."
+    """SLAS: `sign(d) |d|^(1 + gamma)` of the standardized reward `d`; by default group
+    advantages."""
     require(power >= 0, "power", power, ">= 0")
     require(scale in ("group", "batch"), "scale", scale, "'group' or 'batch'")
     if scale == "group": standard = group_advantages(rewards, eps)
@@ -108,7 +112,8 @@ class ShapedAdvantages(Modifier):
     advantage_power: float = 0.5
     "gamma: advantages to the power 1 + gamma, sign kept; 0 leaves them."
     advantage_scale: Literal["group", "batch"] = "batch"
-    "Whose standard deviation divides the rewards: the group's own, or that of the whole batch."
+    """Whose standard deviation divides the rewards: the group's own, or that of the whole
+    batch."""
     fits: ClassVar[type] = Algorithm
 
     def __post_init__(self):
@@ -117,24 +122,28 @@ class ShapedAdvantages(Modifier):
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
-        shaped = partial(shape_advantages, power=self.advantage_power, scale=self.advantage_scale)
+        shaped = partial(shape_advantages, power=self.advantage_power,
+                         scale=self.advantage_scale)
         return self.algorithm.advantages(rewards, weights, shaped)
 
 # %% ../../nbs/rivals/modifiers.ipynb #c0453b1e
 def guarded(
-    log_ratio: Tensor,  # (M, ...) log-probability under the new policy minus that under the old one
+    log_ratio: Tensor,  # (M, ...) log-probability under the new policy minus the old one's
     drift: Tensor,  # minus its mean under the old policy, >= 0, broadcastable to log_ratio
     std: Tensor,  # of the Gaussian step, broadcastable to log_ratio
 ) -> Tensor:  # like log_ratio
-    "GRPO-Guard: a log-ratio of mean 0 whose spread does not depend on the noise of the step."
+    """GRPO-Guard: a log-ratio of mean 0 whose spread does not depend on the noise of the
+    step."""
     return (log_ratio + drift) * std
 
 # %% ../../nbs/rivals/modifiers.ipynb #15f36225
 @dataclass(frozen=True)
 class GuardedRatios(Modifier):
-    "GRPO-Guard: centered log-ratios, scaled by a step's noise; its loss divided by its length."
+    """GRPO-Guard: centered log-ratios, scaled by a step's noise; its loss divided by its
+    length."""
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False,
+             surrogate=surrogate):
         watched, (t, t_next) = Watched(velocity), states.times(rollout.ts)
         std = states.select_step(self.algorithm.response(rollout.ts)[1])
 
@@ -156,7 +165,8 @@ def chunk_means(
     trained_steps: int,  # K, a divisor of M
     chunk: int,  # steps in a chunk, a divisor of K
 ) -> Tensor:  # (M / chunk, ...)
-    "GCPO: means of chunks of consecutive trained steps; of log-ratios, ratios' geometric means."
+    """GCPO: means of chunks of consecutive trained steps; of log-ratios, ratios' geometric
+    means."""
     whole = len(steps) % trained_steps == 0
     require(whole, "values", f"{len(steps)} rows", f"of a multiple of {trained_steps} rows")
     allowed = f"a divisor of {trained_steps}, the trained steps"
@@ -182,9 +192,11 @@ class ChunkedRatios(Modifier):
         "Whole candidates; of an empty window there is nothing to hold together."
         return max(1, self.trained_steps)
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False,
+             surrogate=surrogate):
         size = self.chunk or self.trained_steps
-        inner = partial(self.algorithm.loss, velocity, rollout, states, advantages, on_policy)
+        inner = partial(self.algorithm.loss, velocity, rollout, states, advantages,
+                        on_policy)
         if size == 1: return inner(surrogate)
         count = self.trained_steps
         chunks = partial(chunk_means, steps=states.step, trained_steps=count, chunk=size)
@@ -201,9 +213,10 @@ class ChunkedRatios(Modifier):
 
 # %% ../../nbs/rivals/modifiers.ipynb #3c4f7efa
 def equal_pull(
-    reach: Tensor,  # (T[, P]) how far a step's mean moves with the velocity, in its own noise, > 0
+    reach: Tensor,  # (T[, P]) how far a step's mean moves with v, in its own noise, > 0
 ) -> Tensor:  # (T[, P]) weights with mean 1 over the steps
-    "Flash-GRPO: weights `1 / c(t)`, under which the gradient of every step has the same size."
+    """Flash-GRPO: weights `1 / c(t)`, under which the gradient of every step has the same
+    size."""
     good = bool((reach > 0).all() and reach.isfinite().all())
     require(good, "reach", reach.tolist(), "positive and finite")
     return 1 / reach / (1 / reach).mean(0)
@@ -213,22 +226,27 @@ def equal_pull(
 class TimeWeights(Modifier):
     "A weight for the loss of each step (Flash-GRPO, TempFlow-GRPO)."
     time_weight: Literal["equal", "noise"] = "equal"
-    "'equal' evens out the gradients of the steps (Flash-GRPO), 'noise' follows their noise."
+    """'equal' evens out the gradients of the steps (Flash-GRPO), 'noise' follows their
+    noise."""
 
     def __post_init__(self):
         super().__post_init__()
         noiseless = isinstance(base(self), NeighborGRPO) and self.time_weight == "noise"
-        require(not noiseless, "time_weight", self.time_weight, "'equal' for steps without noise")
+        allowed = "'equal' for steps without noise"
+        require(not noiseless, "time_weight", self.time_weight, allowed)
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False,
+             surrogate=surrogate):
         move, std = self.algorithm.response(rollout.ts)
-        weights = equal_pull(move / std) if self.time_weight == "equal" else std / std.mean(0)
+        equal = self.time_weight == "equal"
+        weights = equal_pull(move / std) if equal else std / std.mean(0)
 
         def weighted(log_prob, old, gains, clip_range, weight=1.0, entropy=None):
             own = per_state(states.select_step(weights), log_prob)
             return surrogate(log_prob, old, gains, clip_range, weight * own, entropy)
 
-        return self.algorithm.loss(velocity, rollout, states, advantages, on_policy, weighted)
+        inner = self.algorithm.loss
+        return inner(velocity, rollout, states, advantages, on_policy, weighted)
 
 # %% ../../nbs/rivals/modifiers.ipynb #a0ddba17
 def extremes(
@@ -264,7 +282,8 @@ class Previews(Modifier):
         require(not alike, type(self).__name__, f"around {type(own).__name__}", allowed)
 
     def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
-        "`(P, *shape) -> (P, scouts, *shape)`: more than `count`, of which `follow` chooses."
+        """`(P, *shape) -> (P, scouts, *shape)`: more than `count`, of which `follow`
+        chooses."""
         return self.algorithm.starts(noise, self.scouts, generator)
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
@@ -272,13 +291,17 @@ class Previews(Modifier):
                reward: Reward | None = None) -> Rollout:
         "Preview all starts; solve the best and the worst."
         if reward is None: raise ValueError("reward is needed: a function for previews")
-        (groups, count), ts = start.shape[:2], time_grid(self.scout_steps, self.shift, self.grid)
-        preview = solve(velocity, start.flatten(0, 1), ts, for_each(cond, groups, count), "euler")
+        groups, count = start.shape[:2]
+        ts = time_grid(self.scout_steps, self.shift, self.grid)
+        cond_each = for_each(cond, groups, count)
+        preview = solve(velocity, start.flatten(0, 1), ts, cond_each, "euler")
         seen = reward(preview.x[-1].unflatten(0, (groups, count)))
         best = extremes(seen, self.group_size).to(start.device)
         chosen = start[torch.arange(groups, device=start.device)[:, None], best]
-        rollout = self.algorithm.follow(velocity, chosen, cond, generator, iteration, reward)
-        return replace(rollout, nfe=rollout.nfe + self.scouts * self.scout_steps / self.group_size)
+        inner = self.algorithm.follow
+        rollout = inner(velocity, chosen, cond, generator, iteration, reward)
+        more = self.scouts * self.scout_steps / self.group_size
+        return replace(rollout, nfe=rollout.nfe + more)
 
     @property
     def nfe_old(self) -> float:
