@@ -1,5 +1,6 @@
 """Package neighbor_grpo from `settings.ini`, the file nbdev reads as well."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -22,6 +23,17 @@ def read_extras(settings):
     return {**extras, "dev": settings["dev_requirements"].split()}
 
 
+def description(settings):
+    "The README for the package index, where a path in the repository leads nowhere."
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def absolute(match):
+        folder = "raw" if match[2].endswith((".png", ".webp")) else "blob"
+        return f"{match[1]}{settings['git_url']}/{folder}/{settings['branch']}/{match[2]}"
+
+    return re.sub(r'(\]\(|\bsrc="|\bsrcset=")(?![a-z]+:|#)([^)"]+)', absolute, readme)
+
+
 def classifiers(settings):
     "The trove classifiers of the package index."
     return [
@@ -38,7 +50,7 @@ setup(
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description=description(settings),
     long_description_content_type="text/markdown",
     author=settings["author"],
     author_email=settings["author_email"],
