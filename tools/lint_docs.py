@@ -26,6 +26,7 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 import pages as text
+from staging import finish
 
 MAX_OUTPUT = 400_000  # bytes of one output
 MAX_PAGE = 1_500_000  # bytes of all outputs of a page
@@ -373,6 +374,8 @@ def broken(target, page, site, image=False):
     destination, fragment = site.target(page, target), urlsplit(target).fragment
     if destination is None:
         path = unquote(urlsplit(target).path)
+        if posixpath.normpath(posixpath.join(posixpath.dirname(page.name), path)) in text.GENERATED:
+            return None
         return (
             None if path and (site.root / "nbs" / posixpath.dirname(page.name) / path).is_file() else "link to nothing"
         )
@@ -477,6 +480,7 @@ def stage(root, force=True):
         raise RuntimeError(
             f"nothing was staged: nbdev skips folders whose path has a part that starts with a dot: {root}"
         )
+    finish(root)
     return staged
 
 

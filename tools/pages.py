@@ -16,6 +16,8 @@ KATEX = ROOT / "tools" / "katex"
 # The method: ten short pages, read in this order. Every other page is reference.
 CORE = ["method", "flow", "grpo", "sde", "distance", "neighbors", "leaping", "anchors", "tasks/toy2d", "tasks/digits"]
 CORE = [f"{name}.ipynb" for name in CORE]
+# Written when the pages are staged.
+GENERATED = ["api.qmd"]
 
 FENCE = re.compile(r"^[ \t]*(```+|~~~+)[^\n]*\n.*?^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)

@@ -5,10 +5,10 @@
     python tools/preview.py method --width 390 --theme dark      # as a telephone in the dark shows it
     python tools/preview.py method --at one-leaping-step         # what a screen shows from this heading on
 
-Only pages that changed are staged again. smalldocs and its fastcore 2 live in an environment of their own beside nbdev:
-`.smalldocs/`, made on first use, or the folder that the environment variable SMALLDOCS names. Pictures need Chromium and
-`pip install -e '.[site]'`. Nothing is fetched from the network: KaTeX is npm's copy, and pictures refuse other hosts.
-Under Quarto the same pages look nearly the same; the theme's typeface, for one, comes from the system here.
+Only pages that changed are staged again. smalldocs and its fastcore 2 live in an environment of their own beside
+nbdev's: `.smalldocs/`, made on first use, or the folder that the environment variable SMALLDOCS names. Pictures need
+Chromium and `pip install -e '.[site]'`. No page asks another host: KaTeX is npm's copy, and pictures refuse the rest.
+Quarto's site looks nearly the same; it also has a menu that folds all code.
 """
 
 import argparse
@@ -64,7 +64,8 @@ def render(root=text.ROOT):
         project = Path(folder) / "site"
         shutil.copytree(root / "_proc", project, ignore=shutil.ignore_patterns("_docs", ".quarto"))
         adapt(project, vendored(library, "cosmo.min.css"))
-        process = subprocess.run([library / "bin" / "smalldocs", "render", "-q", project], capture_output=True, text=True)
+        command = [library / "bin" / "smalldocs", "render", "-q", project]
+        process = subprocess.run(command, capture_output=True, text=True)
         # Every page names its output file, and the links to other sites' files are checked by the lint.
         notes = [line for line in process.stderr.splitlines() if "output-file is not read" not in line]
         print(*notes, sep="\n", file=sys.stderr, end="\n" if notes else "")
@@ -81,18 +82,33 @@ def vendored(library, name):
 
 
 def adapt(project, theme):
-    "Write what smalldocs cannot make from Quarto's options: the dark theme, since it compiles no Sass."
+    "Write what smalldocs cannot make from Quarto's options: it compiles no Sass and knows no grid."
     config = yaml.safe_load((project / "_quarto.yml").read_text(encoding="utf-8"))
-    # Bootstrap holds a dark variant of each theme; as the alternate stylesheet it needs no attribute.
-    colors = (project / "dark.scss").read_text(encoding="utf-8") if (project / "dark.scss").exists() else ""
-    names = re.findall(r"^\$([\w-]+):\s*([^;]+?)(?:\s*!default)?;", colors, re.MULTILINE)
-    own = "".join(f"--bs-{name}:{value};" for name, value in names if value.startswith("#"))
-    dark = theme.replace("[data-bs-theme=dark]", ":root") + f":root{{color-scheme:dark;{own}}}"
-    (project / "cosmo-dark.css").write_text(WEB_FONT.sub("", dark), encoding="utf-8")
-    config["smalldocs"] = {"theme": {"light": "cosmo", "dark": "cosmo-dark.css"}}
-    for option in ("html-math-method", "grid"):
-        config["format"]["html"].pop(option, None)
+    options = config["format"]["html"]
+    # Bootstrap holds a dark variant of each theme; as a stylesheet of its own it needs no attribute.
+    for mode, css in {"light": theme, "dark": theme.replace("[data-bs-theme=dark]", ":root")}.items():
+        (project / f"cosmo-{mode}.css").write_text(WEB_FONT.sub("", css) + properties(project, mode), encoding="utf-8")
+    config["smalldocs"] = {"theme": {"light": "cosmo-light.css", "dark": "cosmo-dark.css"}}
+    widths = {name.replace("-width", ""): width for name, width in options["grid"].items()}
+    with (project / options["css"]).open("a", encoding="utf-8") as styles:
+        styles.write(":root{" + "".join(f"--sd-{name}-width:{width};" for name, width in widths.items()) + "}")
+    for option in ("html-math-method", "grid", "code-tools", "respect-user-color-scheme"):
+        options.pop(option)
     (project / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def properties(project, mode):
+    "The colors of `light.scss` or `dark.scss` as Bootstrap's custom properties."
+    sass = (project / f"{mode}.scss").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^\$([\w-]+):\s*(#[0-9a-f]{6});", sass, re.MULTILINE))
+    found["link-hover-color"] = found["link-color"]
+    lines = [f"--bs-{name}:{value};--bs-{name}-rgb:{rgb(value)};" for name, value in found.items()]
+    return ":root{color-scheme:" + mode + ";" + "".join(lines) + "}"
+
+
+def rgb(color):
+    "`#1a5fb4` as `26, 95, 180`."
+    return ", ".join(str(part) for part in bytes.fromhex(color.removeprefix("#")))
 
 
 def make_local(site):
@@ -217,7 +233,7 @@ def main():
         description="Stage and render the site without Quarto, then serve it or take pictures of pages."
     )
     parser.add_argument("pages", nargs="*", metavar="PAGE", help="pages to take pictures of, such as lab/compare")
-    parser.add_argument("--width", type=int, default=1440, help="of the window in pixels (default 1440; a telephone: 390)")
+    parser.add_argument("--width", type=int, default=1440, help="of the window (default 1440; a telephone has 390)")
     parser.add_argument("--theme", choices=["light", "dark"], default="light", help="(default light)")
     parser.add_argument("--at", metavar="ID", help="one screen from this heading on, instead of the whole page")
     parser.add_argument("--to", type=Path, help="folder of the pictures (default _docs/pictures)")
