@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from neighbor_grpo.anchors import distance_spread, sample_anchors, sample_subsets
 from neighbor_grpo.flow import randn, seeded
+from neighbor_grpo.leaping import leaping_log_probs
+from neighbor_grpo.neighbors import neighbor_noise
 
 sizes = st.integers(1, 12).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total)))
 
@@ -76,3 +78,36 @@ def test_groups_in_the_plane_are_not_equidistant():
 
 def test_identical_candidates_give_no_nan():
     assert torch.equal(distance_spread(torch.ones(2, 4, 3)), torch.zeros(2))
+
+
+@pytest.mark.parametrize("time", [1.0, 0.5, 0.0])
+def test_along_a_flow_the_effective_dimension_counts(time):
+    eigenvalues = 1 / torch.arange(1, 401, dtype=torch.float64)
+    scales = ((1 - time) ** 2 * eigenvalues + time**2).sqrt()  # of the linear flow onto this Gaussian
+    effective = scales.square().sum() ** 2 / scales.pow(4).sum()
+    groups = neighbor_noise(randn((200, 400), seeded(0), dtype=torch.float64), 12, 0.3, seeded(1)) * scales
+    formula = (2 / effective * (1 - 1 / 11)).sqrt().item()
+    assert distance_spread(groups).mean().item() == pytest.approx(formula, rel=0.08)
+
+
+# --- off policy ---
+
+
+@pytest.mark.parametrize("dimension", [2, 64, 4096])
+def test_one_number_is_all_that_distinguishes_anchors(dimension):
+    "After the same move of all anchors, their log-ratios differ by log Z_b, and in high dimension by little."
+    shares = []
+    for seed in range(50):
+        base = randn((1, dimension), seeded(seed, 0), dtype=torch.float64)
+        group = neighbor_noise(base, 12, 0.3, seeded(seed, 1))[0]
+        temperature = torch.pdist(group).square().mean().item() / dimension
+        move = 1e-3 * randn((dimension,), seeded(seed, 2), dtype=torch.float64)
+        new, old = (leaping_log_probs(group.expand(12, -1, -1), at, temperature) for at in (group + move, group))
+        normalizer = (new - old).mean(1, keepdim=True)
+        common = new - old - normalizer
+        assert (common - common[0]).abs().max() < 1e-12
+        shares.append((normalizer.std() / common[0].std()).item())
+    if dimension == 2:
+        assert sum(shares) / 50 > 0.3
+    if dimension == 4096:  # what is left is the anchor's own weight
+        assert sum(shares) / 50 == pytest.approx((1 - math.exp(-1)) / (1 + 11 * math.exp(-1)), abs=0.005)
