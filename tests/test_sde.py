@@ -142,6 +142,21 @@ def test_small_steps_keep_the_marginals(step):
     assert fine < 2e-3 and 1.7 < coarse / fine < 2.3  # first order
 
 
+@pytest.mark.parametrize("a", [0.5, 0.8])
+def test_the_first_steps_of_flow_sde_leave_an_error_of_order_a_squared(a):
+    # Near t = 1 the variance is off by an amount that does not shrink with the step; later steps forget it as T^(-a^2).
+    flow, errors = GaussianFlow(0.0, 1.0), []
+    for steps in (2**14, 2**15):
+        ts = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        x, t, t_next = torch.ones(steps, 1, dtype=torch.float64), ts[:-1], ts[1:]
+        slope, std = flow_sde(x, flow.velocity(x, t), t, t_next, a)
+        variance = 1.0
+        for g, s in torch.cat([slope, std], 1).tolist():
+            variance = g**2 * variance + s**2
+        errors.append(abs(math.sqrt(variance) - 1))
+    assert abs(math.log2(errors[0] / errors[1]) - a**2) < 0.05
+
+
 def test_small_steps_of_cps_keep_the_marginals_when_little_noise_is_renewed_in_each():
     # Each step renews a share sin^2 of the noise, so the share per unit of time stays the same when a ~ T^(-1/2).
     coarse, fine = (max(marginal_errors(partial(cps, noise_level=0.8 / math.sqrt(n)), n)) for n in (200, 400))
