@@ -65,12 +65,12 @@ class ToySettings:
 
 # %% ../../nbs/tasks/toy2d.ipynb #f8d2f10f
 class ToyTask(Task):
-    """The 2-D rung: a pretrained flow to eight Gaussians, and `exp(-d^2 / 2 width^2)` for the
-    distance `d` to one mean."""
+    """The 2-D rung: a pretrained flow to eight Gaussians, and `exp(-d^2 / 2 width^2)` for
+    the distance `d` to one mean."""
     shape, prompts = (2,), 1
 
     def __init__(self, settings: ToySettings = ToySettings(),
-                 folder: str | Path | None = None,  # of the pretrained network; None: not kept
+                 folder: str | Path | None = None,  # of the pretrained flow; None: not kept
                  seed: int = 0,  # of the pretraining
                  progress: bool = True):  # show a progress bar
         self.settings, self.mean = settings, mode_means()[settings.target]
@@ -95,22 +95,22 @@ class ToyTask(Task):
         with torch.no_grad(): return solve(velocity, noise, grid).x[-1]
 
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
-        """Held-out `reward`, the `share` of samples at the target, and their `spread` (root of the
-        total variance)."""
+        """Held-out `reward`, the `share` of samples at the target, and their `spread` (root of
+        the total variance)."""
         x = self.sample(velocity, self.settings.eval_samples)
         return dict(reward=self.reward(x).mean().item(),
                     share=mode_shares(x)[self.settings.target].item(),
                     spread=x.std(0, correction=0).norm().item())
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
-        """Save samples of each policy side by side, over those of the base in gray; a circle around
-        the target."""
+        """Save samples of each policy side by side, over those of the base in gray; a circle
+        around the target."""
         behind = self.sample(self.base, 1000)
 
         def paint(axis: plt.Axes, velocity: Velocity) -> None:
             x = self.sample(velocity, 1000)
-            share, reward = mode_shares(x)[self.settings.target].item(), self.reward(x).mean()
-            text = (f"1000 samples\n{share:.0%} at the target\nreward {reward:.2f}\n"
+            share = mode_shares(x)[self.settings.target].item()
+            text = (f"1000 samples\n{share:.0%} at the target\nreward {self.reward(x).mean():.2f}\n"
                     f"spread {x.std(0).norm():.2g}")
             axis.scatter(*behind.T, s=3, color=figures.DATA)
             axis.plot(*self.mean, "o", ms=34, mew=2, mfc="none", color=figures.TARGET)
