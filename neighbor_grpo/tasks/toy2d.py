@@ -95,23 +95,23 @@ class ToyTask(Task):
         with torch.no_grad(): return solve(velocity, noise, grid).x[-1]
 
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
-        """Held-out `reward`, the `share` of samples at the target, and their `spread` (root of
-        the total variance)."""
+        """Held-out `reward`, the `share` of samples at the target, and their `spread` (root
+        of the total variance)."""
         x = self.sample(velocity, self.settings.eval_samples)
         return dict(reward=self.reward(x).mean().item(),
                     share=mode_shares(x)[self.settings.target].item(),
                     spread=x.std(0, correction=0).norm().item())
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
-        """Save samples of each policy side by side, over those of the base in gray; a circle
-        around the target."""
+        """Save samples of each policy side by side, over those of the base in gray; a
+        circle around the target."""
         behind = self.sample(self.base, 1000)
 
         def paint(axis: plt.Axes, velocity: Velocity) -> None:
             x = self.sample(velocity, 1000)
             share = mode_shares(x)[self.settings.target].item()
-            text = (f"1000 samples\n{share:.0%} at the target\nreward {self.reward(x).mean():.2f}\n"
-                    f"spread {x.std(0).norm():.2g}")
+            text = (f"1000 samples\n{share:.0%} at the target\n"
+                    f"reward {self.reward(x).mean():.2f}\nspread {x.std(0).norm():.2g}")
             axis.scatter(*behind.T, s=3, color=figures.DATA)
             axis.plot(*self.mean, "o", ms=34, mew=2, mfc="none", color=figures.TARGET)
             axis.scatter(*x.T, s=8, color=figures.NEW, zorder=3)
