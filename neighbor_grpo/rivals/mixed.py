@@ -28,14 +28,14 @@ def chain(
     *paths: Trajectory,  # at least one; each starts where the one before ends
 ) -> Trajectory:
     "Trajectories that follow one another, as one."
-    ts, x = (torch.cat([first[:1], *rest]) for first, rest in
-             ((paths[0].ts, [p.ts[1:] for p in paths]), (paths[0].x, [p.x[1:] for p in paths])))
+    ts = torch.cat([paths[0].ts[:1], *(p.ts[1:] for p in paths)])
+    x = torch.cat([paths[0].x[:1], *(p.x[1:] for p in paths)])
     return Trajectory(ts, x, torch.cat([p.v for p in paths]), sum(p.nfe for p in paths))
 
 # %% ../../nbs/rivals/mixed.ipynb #5d03dd63
 def check_own_noise(algorithm: SDEGRPO) -> None:
-    """Refuse settings that would be ignored where the algorithm itself says which steps are noisy
-    and trained."""
+    """Refuse settings that would be ignored where the algorithm itself says which steps are
+    noisy and trained."""
     require(not algorithm.noisy_last_step, "noisy_last_step", True,
             "False: the place of the noise is fixed otherwise")
     require(algorithm.train_where == "random", "train_where", algorithm.train_where,
@@ -52,18 +52,18 @@ def noisy_steps(rollout: Rollout) -> Tensor:
 # %% ../../nbs/rivals/mixed.ipynb #1d944cbd
 @dataclass(frozen=True)
 class MixGRPO(SDEGRPO):
-    """MixGRPO (arXiv 2507.21802): SDE steps inside a window that moves in the course of training,
-    ODE steps outside."""
+    """MixGRPO (arXiv 2507.21802): SDE steps inside a window that moves in the course of
+    training, ODE steps outside."""
     steps: int = 25
     "T, solver steps of a rollout, before the tail is thinned out."
     trained_steps: int = 4
-    """w, steps in the window: the only noisy ones, and all trained; 0 leaves the ODE and nothing to
-    train."""
+    """w, steps in the window: the only noisy ones, and all trained; 0 leaves the ODE and
+    nothing to train."""
     shared_noise: bool = True
     "Start all candidates of a group from one initial noise."
     window_moves: Literal["progressive", "roll_back", "random", "frozen"] = "progressive"
-    """Moves on and stays at the end; starts again after the end; is anywhere in each iteration; or
-    stays at the start."""
+    """Moves on and stays at the end; starts again after the end; is anywhere in each
+    iteration; or stays at the start."""
     window_every: int = 25
     "tau, iterations that a window stays at a place before it moves on."
     window_stride: int = 1
@@ -82,8 +82,8 @@ class MixGRPO(SDEGRPO):
 
     @property
     def trainable(self) -> tuple[int, int]:
-        """An empty window, or every step that it can hold: the last one if it stays at the end and
-        there is noise there."""
+        """An empty window, or every step that it can hold: the last one if it stays at the
+        end and there is noise there."""
         return 0, self.steps - (self.window_moves != "progressive" or self.sampler == "cps")
 
     def window(self, iteration: int) -> range:
@@ -100,7 +100,8 @@ class MixGRPO(SDEGRPO):
 
     def thinned(self, iteration: int) -> Tensor:
         "The times of an iteration: all up to the window's end, then a share of the rest."
-        ts = time_grid(self.steps, self.shift or 1.0, self.grid)  # as many, whatever the shift
+        # as many, whatever the shift
+        ts = time_grid(self.steps, self.shift or 1.0, self.grid)
         end = self.window(iteration).stop
         # 0.07 * 100 is a little more than 7
         kept = math.ceil(self.tail_ratio * (self.steps - end) - 1e-9)
@@ -118,12 +119,13 @@ class MixGRPO(SDEGRPO):
         x = start.flatten(0, 1)
         # ts[1] stands for t = 1
         step, cond_each = partial(self.step, t_max=ts[1]), for_each(cond, groups, size)
-        for first, last, method in ((0, window.start, "euler"), (window.start, window.stop, None),
-                                    (window.stop, len(ts) - 1, self.tail_method)):
+        pieces = ((0, window.start, "euler"), (window.start, window.stop, None),
+                  (window.stop, len(ts) - 1, self.tail_method))
+        for first, last, method in pieces:
             if first == last: continue
             part = ts[first:last + 1]
-            if method is None: path = solve_sde(velocity, x, part, step, cond_each, generator)
-            else: path = solve(velocity, x, part, cond_each, method)
+            if method: path = solve(velocity, x, part, cond_each, method)
+            else: path = solve_sde(velocity, x, part, step, cond_each, generator)
             x = path.x[-1]
             paths.append(path)
         noisy = torch.tensor([k in window for k in range(len(ts) - 1)])
@@ -134,21 +136,21 @@ class MixGRPO(SDEGRPO):
         return States.product(noisy_steps(rollout), everyone(rollout), rollout.x.device)
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        """That of the whole grid, so that a thinner tail does not change the weights of steps in
-        the window."""
+        """That of the whole grid, so that a thinner tail does not change the weights of
+        steps in the window."""
         return super().response(self.times().to(ts))
 
     @property
     def nfe_old(self) -> float:
-        """Evaluations without gradient, per sample, in iteration 0. The thinned tail shrinks as the
-        window moves on."""
+        """Evaluations without gradient, per sample, in iteration 0. The thinned tail
+        shrinks as the window moves on."""
         return len(self.thinned(0)) - 1
 
 # %% ../../nbs/rivals/mixed.ipynb #4fde4ab7
 @dataclass(frozen=True)
 class MixGRPOFlash(MixGRPO):
-    """MixGRPO-Flash (arXiv 2507.21802): after the window, DPM-Solver++(2M) with two fifths of the
-    steps."""
+    """MixGRPO-Flash (arXiv 2507.21802): after the window, DPM-Solver++(2M) with two fifths
+    of the steps."""
     tail_method: Literal["euler", "dpm++2m"] = "dpm++2m"
     "ODE solver after the window; before it, it is always Euler."
     tail_ratio: float = 0.4
@@ -157,20 +159,20 @@ class MixGRPOFlash(MixGRPO):
 
 @dataclass(frozen=True)
 class MixGRPOFlashStar(MixGRPOFlash):
-    """MixGRPO-Flash* (arXiv 2507.21802): the window frozen at the start, and four steps after it:
-    eight evaluations."""
+    """MixGRPO-Flash* (arXiv 2507.21802): the window frozen at the start, and four steps
+    after it: eight evaluations."""
     window_moves: Literal["progressive", "roll_back", "random", "frozen"] = "frozen"
-    """Moves on and stays at the end; starts again after the end; is anywhere in each iteration; or
-    stays at the start."""
+    """Moves on and stays at the end; starts again after the end; is anywhere in each
+    iteration; or stays at the start."""
     tail_ratio: float = 0.19
-    """r, share of the steps after the window that is kept, in (0, 1]; .19 of 21 steps are the
-    paper's 4, its script has .2."""
+    """r, share of the steps after the window that is kept, in (0, 1]; .19 of 21 steps are
+    the paper's 4, its script has .2."""
 
 # %% ../../nbs/rivals/mixed.ipynb #9b22e498
 @dataclass(frozen=True)
 class TempFlowGRPO(SDEGRPO):
-    """TempFlow-GRPO (arXiv 2508.04324): one shared ODE trunk, one random step where the group
-    branches, then the ODE."""
+    """TempFlow-GRPO (arXiv 2508.04324): one shared ODE trunk, one random step where the
+    group branches, then the ODE."""
     steps: int = 10
     "T, solver steps of a rollout."
     trained_steps: int = 1
@@ -185,17 +187,18 @@ class TempFlowGRPO(SDEGRPO):
         check_own_noise(self)
         require(self.trained_steps == 1, "trained_steps", self.trained_steps,
                 "1, the step where the group branches")
-        require(self.shared_noise, "shared_noise", self.shared_noise, "True: a group has one trunk")
+        require(self.shared_noise, "shared_noise", False, "True: a group has one trunk")
 
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
                generator: Generators = None, iteration: int = 0,
                reward: Reward | None = None) -> Rollout:
-        """Every group branches at a step of its own; before that, one row is evaluated for all its
-        candidates."""
+        """Every group branches at a step of its own; before that, one row is evaluated for
+        all its candidates."""
         (groups, size), x = start.shape[:2], start.flatten(0, 1)
         cond_each, ts = for_each(cond, groups, size), self.times().to(x)
         rows = torch.arange(groups * size).view(groups, size)
-        branch = sample_subsets(groups, self.steps - 1, 1, generator)  # (P, 1), never the last step
+        # (P, 1), never the last step
+        branch = sample_subsets(groups, self.steps - 1, 1, generator)
         noise, xs, vs, count = randn(x.shape, generator, x.device, x.dtype), [x], [], 0
         for k, (t, t_next) in enumerate(zip(ts[:-1], ts[1:])):
             # whose velocity a row takes: the first one's on a trunk
@@ -204,7 +207,8 @@ class TempFlowGRPO(SDEGRPO):
             v = velocity(x[needed], t.expand(len(needed)), take(cond_each, needed))[copies]
             mean, std = self.step(x, v, t, t_next, t_max=ts[1])
             noisy = (k == branch).expand_as(rows).flatten().to(x.device)
-            x = torch.where(per_state(noisy, x), mean + std * noise, euler_step(x, v, t, t_next))
+            plain = euler_step(x, v, t, t_next)
+            x = torch.where(per_state(noisy, x), mean + std * noise, plain)
             xs, vs, count = [*xs, x], [*vs, v], count + len(needed)
         path = Trajectory(ts, torch.stack(xs), torch.stack(vs), count / len(x))
         return Rollout.of(path, groups, cond, torch.arange(self.steps)[:, None] == branch.T)
@@ -216,32 +220,33 @@ class TempFlowGRPO(SDEGRPO):
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
-        """Each branch with its own advantage, so divided that a group counts as much as G states
-        would on average."""
+        """Each branch with its own advantage, so divided that a group counts as much as G
+        states would on average."""
         log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
         old = (
             log_prob.detach()
             if on_policy
             else self.log_prob(rollout, states, states.select(rollout.v))
         )
-        std = self.response(rollout.ts)[1]
-        weight = (
-            per_state(states.select_step(std / std.mean(0)), log_prob) if self.weigh_noise else 1.0
-        )
+        std, weight = self.response(rollout.ts)[1], 1.0
+        noise = states.select_step(std / std.mean(0))
+        if self.weigh_noise: weight = per_state(noise, log_prob)
         return -surrogate(log_prob, old, advantages[states.prompt] / self.group_size,
                           self.clip_range, weight)
 
     def log_prob(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
-        "(M, G): log-density of the step to each branch, under the one Gaussian of the group."
+        """(M, G): log-density of the step to each branch, under the one Gaussian of the
+        group."""
         branches = rollout.x[states.step + 1, states.prompt]
         mean, std = (a.repeat_interleave(self.group_size, 0)
                      for a in self.gaussian(rollout, states, v))
-        return gaussian_log_prob(branches.flatten(0, 1), mean, std).unflatten(0, branches.shape[:2])
+        log_prob = gaussian_log_prob(branches.flatten(0, 1), mean, std)
+        return log_prob.unflatten(0, branches.shape[:2])
 
     @property
     def nfe_old(self) -> float:
-        """Evaluations without gradient, per sample, on average over the branching steps: half the
-        steps are shared."""
+        """Evaluations without gradient, per sample, on average over the branching steps:
+        half the steps are shared."""
         return self.steps / 2 * (1 + 1 / self.group_size)
 
     @property
