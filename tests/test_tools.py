@@ -7,10 +7,12 @@ import pytest
 import lint_docs
 import make_readme
 import pages
+import staging
 
 PICTURE = [{"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}]
 FRONT = {"cell_type": "raw", "source": "---\ntitle: GRPO\ndescription: How a group is scored\n---"}
 TITLE = {"cell_type": "markdown", "id": "t", "source": "# GRPO\n\n> How a group is scored"}
+RAW_LINK = "```python\nf(\n    x, # of [`g`](https://example.org/g.html#g)\n)\n```"
 ONWARD = {"cell_type": "markdown", "id": "o", "source": "Next: [steps](sde.ipynb)."}
 
 
@@ -40,7 +42,12 @@ SOUND = [
         "## A heading\n\n$x_t$ costs \\$5, `$HOME`\n\n$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$ {#eq-one}"
     ),
     prose("See [up](#a-heading), @eq-one, [there](sde.ipynb#a-step-1), [mark](./sde.ipynb#mark), $f[x](y)$,"),
-    prose("[paper](https://arxiv.org/abs/2511.16955), ![a dot](styles.css), `flow.py`, `torch.nothing`, `[no](link)`."),
+    prose("[paper](https://arxiv.org/abs/2511.16955), `flow.py`, `torch.nothing`, `[no](link)`."),
+    prose('![](styles.css){width=50% fig-alt="a dot"}'),
+    code("#| hide\n" + "x" * 200),
+    code(
+        "f()", [{"output_type": "display_data", "data": {"text/markdown": "[a](https://a.org)\n\n```python\nf()\n```"}}]
+    ),
     prose('![](styles.css){fig-alt="a dot"}'),
     code('#| fig-alt: "a dot"\n#| echo: false\nplot()', PICTURE),
     code("#| exports\ndef f():\n    import math"),
@@ -61,6 +68,12 @@ BROKEN = [
     ("figure", code('#| fig-alt: "one"\nplot()', 2 * PICTURE)),
     ("figure", code("show()", [{"output_type": "display_data", "data": {"text/html": "<img src='x.png'>"}}])),
     ("figure", prose("![](styles.css)")),
+    ("figure", prose("![a caption](styles.css)")),
+    ("figure", prose('![a caption](styles.css){fig-alt="a dot"}')),
+    ("figure", prose('![](styles.css){fig-alt=""}')),
+    ("width", code("x = " + "1" * 90)),
+    ("width", code("f()", [{"output_type": "stream", "name": "stdout", "text": "short\n" + "x" * 89}])),
+    ("signature", code("f()", [{"output_type": "display_data", "data": {"text/markdown": RAW_LINK}}])),
     ("figure", prose('![](styles.css){fig-alt=""}')),
     ("output", code("print(1)")),
     ("output", code("f()", [{"output_type": "error", "ename": "ValueError", "evalue": "no"}])),
@@ -141,6 +154,33 @@ def test_page_outside_of_the_sidebar_is_found():
 )
 def test_heading_ids(heading, name):
     assert lint_docs.heading_id(heading) == name
+
+
+@pytest.mark.parametrize("longest, found", [([88] * 48 + [89], 1), ([88] * 49 + [89], 0)])
+def test_one_printed_output_in_fifty_may_be_wide(longest, found):
+    cells = [code("f()", [{"output_type": "stream", "name": "stdout", "text": "x" * width}]) for width in longest]
+    assert len(findings("width", *cells)) == found
+
+
+def test_all_pages_install_on_colab_or_none_does():
+    built = site()
+    page = built.pages[0]
+    assert findings("colab") == []
+    built.pages[1].source.append(code(staging.install_cell("sde.ipynb", built.config)))
+    assert len(list(lint_docs.CHECKS["colab"](page, built))) == 1
+    page.source.insert(1, code(staging.install_cell("grpo.ipynb", built.config)))
+    assert list(lint_docs.CHECKS["colab"](page, built)) == []
+
+
+def test_core_pages_lead_to_core_pages_and_reference_to_reference():
+    order = pages.reading_order()
+    assert pages.following("index.ipynb") == pages.CORE[0]
+    assert [pages.following(name) for name in pages.CORE[:-1]] == pages.CORE[1:]
+    reference = [name for name in order if name not in pages.CORE and name != "index.ipynb"]
+    assert [pages.following(name) for name in reference] == [*reference[1:], None]
+    # After the method comes what stands after it in the sidebar.
+    assert pages.following(pages.CORE[-1]) == order[order.index(pages.CORE[-1]) + 1]
+    assert pages.following("stray.ipynb") is None
 
 
 def test_names_and_order():

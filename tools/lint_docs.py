@@ -26,10 +26,13 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 import pages as text
-from staging import finish
+from staging import finish, install_cell
 
 MAX_OUTPUT = 400_000  # bytes of one output
 MAX_PAGE = 1_500_000  # bytes of all outputs of a page
+# What fits into a page's column at 1440 pixels, in characters of a line, and the share of blocks that may be wider.
+WIDE_CODE, MAX_WIDE_CODE = 92, 0.0
+WIDE_OUTPUT, MAX_WIDE_OUTPUT = 88, 0.02
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
 FILE_SUFFIXES = {"html", "ini", "ipynb", "js", "json", "jsonl", "md", "png", "py", "safetensors", "toml", "txt", "yml"}
 PLACEHOLDER = re.compile(r"\b(TODO|FIXME|XXX|TBD)\b|lorem ipsum", re.IGNORECASE)
@@ -110,6 +113,31 @@ class Page:
         return found | {label for label in labels if label}
 
     @cached_property
+    def images(self):
+        "All images: `(cell, target, caption, alt text)`."
+        found = []
+        for number, markdown in self.prose:
+            for match in text.LINK.finditer(text.without_math(text.without_code(markdown))):
+                for m in _nested(match):
+                    if m["image"]:
+                        alt = re.search(r"fig-alt=([\"'])(.*?)\1", m["attributes"] or "")
+                        found.append((number, m["target"], m["text"], alt.group(2) if alt else ""))
+        return found
+
+    @cached_property
+    def blocks(self):
+        "The widest line of each block of code and of each printed output that the page shows: `(cell, kind, width)`."
+        found = []
+        for number, cell in enumerate(self.source):
+            options = text.directives(cell["source"])
+            if cell["cell_type"] != "code" or "hide" in options or options.get("include") == "false":
+                continue
+            shown = [("code", text.split_options(cell["source"])[1])] if options.get("echo") != "false" else []
+            shown += [("output", printed(output)) for output in cell["outputs"] if options.get("output") != "false"]
+            found += [(number, kind, max(map(len, lines.split("\n")))) for kind, lines in shown if lines]
+        return found
+
+    @cached_property
     def links(self):
         "All links: `(cell, target, text, is an image)`."
         found = []
@@ -120,6 +148,12 @@ class Page:
                 found += [(number, m["target"], text.words_of(m), bool(m["image"])) for m in _nested(match)]
             found += [(number, a or b, "", False) for a, b in HTML_LINK.findall(prose)]
         return found
+
+
+def printed(output):
+    "The text of an output that is only text."
+    data = output["data"]
+    return output.get("text") or ("" if data.keys() - {"text/plain"} else data.get("text/plain", ""))
 
 
 def _nested(match):
@@ -145,6 +179,11 @@ class Site:
     @cached_property
     def by_html(self):
         return {text.html_name(page.name): page for page in self.pages}
+
+    def wide_share(self, kind, limit):
+        "Which share of the blocks of this kind, on all pages, has a line longer than `limit`."
+        widths = [wide for page in self.pages for _, other, wide in page.blocks if other == kind]
+        return sum(wide > limit for wide in widths) / max(1, len(widths))
 
     @cached_property
     def modules(self):
@@ -288,9 +327,9 @@ def figure(page, site):
             html = output["data"].get("text/html", "")
             if not pictures and re.search(r"<(img|svg|canvas|video)\b", html) and not has_label(html):
                 yield number, 'an embedded picture without description: wrap it in `<div role="img" aria-label="…">`'
-    for number, target, alt, image in page.links:
-        if image and not alt.strip():
-            yield number, f"image without alt text: {target}"
+    for number, target, caption, alt in page.images:
+        if caption or not alt.strip():
+            yield number, f'an image needs a description, and Quarto shows words in []: ![]({target}){{fig-alt="…"}}'
 
 
 def alt_texts(source):
@@ -342,6 +381,39 @@ def size(page, site):
                 yield number, f"an output of {weight / 1000:.0f} KB (limit {MAX_OUTPUT / 1000:.0f} KB)"
     if total > MAX_PAGE:
         yield 0, f"{total / 1000:.0f} KB of outputs on the page (limit {MAX_PAGE / 1000:.0f} KB)"
+
+
+@check
+def width(page, site):
+    "Code and printed lines fit into the column; a small share of outputs may be wider."
+    for number, kind, wide in page.blocks:
+        limit, share = {"code": (WIDE_CODE, MAX_WIDE_CODE), "output": (WIDE_OUTPUT, MAX_WIDE_OUTPUT)}[kind]
+        if wide > limit and site.wide_share(kind, limit) > share:
+            yield number, f"{kind} of {wide} characters in a line (limit {limit})"
+
+
+@check
+def signature(page, site):
+    "No raw links in signatures: nbdev makes them of backticks in the comments behind parameters."
+    for number, cell in page.cells:
+        for out in cell.get("outputs", []):
+            for block in text.FENCE.finditer(out["data"].get("text/markdown", "")):
+                if "](http" in block.group(0):
+                    yield number, f"a raw link in a signature: {block.group(0).split(chr(10))[1]}"
+
+
+@check
+def colab(page, site):
+    "As soon as one page has a cell that installs the library on Colab, all have it."
+    if not any(has_install_cell(other, site) for other in site.pages) or page.name == "index.ipynb":
+        return
+    if not has_install_cell(page, site):
+        yield 0, "no cell that installs the library on Colab: run python tools/staging.py"
+
+
+def has_install_cell(page, site):
+    "Is the cell after the title the one that installs the library on Colab?"
+    return len(page.source) > 1 and page.source[1]["source"] == install_cell(page.name, site.config)
 
 
 @check
@@ -501,7 +573,15 @@ def lint(site):
     for page in sorted(site.pages, key=lambda page: order.index(page.name) if page.name in order else len(order)):
         for kind, function in CHECKS.items():
             found += [Finding(page.name, number, kind, what) for number, what in function(page, site)]
-    return found
+    return found + [Finding("api.qmd", 0, "link", what) for what in generated_links(site)]
+
+
+def generated_links(site):
+    "Links to nowhere on the pages that staging writes."
+    for name in text.GENERATED:
+        source = (site.root / "_proc" / name).read_text(encoding="utf-8")
+        page = Page(name, [], [{"cell_type": "markdown", "id": name, "source": source}])
+        yield from (what for _, what in link(page, site))
 
 
 def malformed_options(site):

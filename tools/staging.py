@@ -1,10 +1,14 @@
 """What staging adds to the pages that nbdev has staged: a way to run them, an index of the library, the version.
 
-`finish` is called by `lint_docs.stage`. What it writes stands in `_proc/` alone; the notebooks stay as they are.
+`lint_docs.stage` calls `finish`; what it writes stands in `_proc/` alone, and the notebooks stay as they are.
+
+    python tools/staging.py            # puts the cell that installs the library on Colab into every notebook
 """
 
 import ast
+import hashlib
 import json
+import posixpath
 import re
 from pathlib import Path
 
@@ -14,13 +18,16 @@ import pages as text
 
 COLAB = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nbs/{name}"
 LINK_ID = "open-in-colab"  # of the cell that holds the link
-# What a notebook starts with, so that it runs on Colab, where only the notebook is at hand. Elsewhere it does nothing.
+# What follows the title of a notebook, so that it runs on Colab, where only the notebook is at hand.
 INSTALL = """#| hide
 import sys
 
-if "google.colab" in sys.modules:
-    %pip install --quiet git+{git_url}
-"""
+if "google.colab" in sys.modules:  # elsewhere there is nothing to do
+    get_ipython().system(
+        "git clone --quiet --depth 1 {git_url} /content/{repo}"
+        " && pip install --quiet /content/{repo}"
+    )
+    get_ipython().run_line_magic("cd", "/content/{repo}/nbs/{folder}")"""
 
 
 def finish(root):
@@ -32,6 +39,7 @@ def finish(root):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         before = json.dumps(notebook)
         add_colab_link(notebook, name, config)
+        plain_signatures(notebook)
         if name not in text.CORE:
             fold_sources(notebook)
         if json.dumps(notebook) != before:
@@ -66,6 +74,44 @@ def fold_sources(notebook):
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and re.search(r"^#\|\s*code-fold:\s*show\s*$", source, re.MULTILINE):
             cell["source"] = re.sub(r"^#\|\s*code-fold:\s*show\s*$", "#| code-fold: true", source, flags=re.MULTILINE)
+
+
+def plain_signatures(notebook):
+    "Names in the comments behind parameters, which nbdev links, as plain code: a link in a block of code stays raw."
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            markdown = "".join(output.get("data", {}).get("text/markdown", ""))
+            plain = text.FENCE.sub(lambda block: re.sub(r"\[`([^`]*)`\]\(http[^)]*\)", r"\1", block.group(0)), markdown)
+            if plain != markdown:
+                output["data"]["text/markdown"] = plain
+
+
+# --- notebooks on Colab ---
+
+
+def install_cell(name, config):
+    "The source of the cell that makes a notebook run on Colab."
+    folder = posixpath.dirname(name)
+    return INSTALL.format(git_url=config["git_url"], repo=config["repo"], folder=folder).replace('nbs/")', 'nbs")')
+
+
+def add_install_cells(root):
+    "Put the cell after the title of every notebook that lacks it; the names of those that changed."
+    changed, config = [], text.settings(root)
+    for name in text.notebooks(Path(root) / "nbs"):
+        path, source = Path(root) / "nbs" / name, install_cell(name, config)
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        if name == "index.ipynb" or any("".join(cell["source"]) == source for cell in notebook["cells"][1:2]):
+            continue
+        old = [k for k, cell in enumerate(notebook["cells"]) if '"google.colab" in' in "".join(cell["source"])]
+        cell = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": []}
+        cell |= {"id": hashlib.sha256(source.encode() + name.encode()).hexdigest()[:8]}
+        cell |= {"source": source.splitlines(keepends=True)}
+        notebook["cells"] = [other for k, other in enumerate(notebook["cells"]) if k not in old]
+        notebook["cells"].insert(1, cell)
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        changed.append(name)
+    return changed
 
 
 # --- the index of the library ---
@@ -125,3 +171,7 @@ def exported(tree):
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
             return set(ast.literal_eval(node.value))
     return set()
+
+
+if __name__ == "__main__":
+    print(*add_install_cells(text.ROOT), sep="\n")
