@@ -37,8 +37,7 @@ def leaping_log_probs(
     reduction: str = "mean",  # of the squared distance: "mean" or "sum"
 ) -> Tensor:  # (N, G) log-probabilities, float32 or better
     "`log softmax_i(-||x_i - x_theta||^2 / tau)` (arXiv 2511.16955, eq. 8)."
-    good = math.isfinite(temperature) and temperature > 0
-    require(good, "temperature", temperature, "a finite number > 0")
+    require(0 < temperature < math.inf, "temperature", temperature, "a finite number > 0")
     return (-squared_distances(candidates, anchor, reduction) / temperature).log_softmax(1)
 
 # %% ../nbs/leaping.ipynb #3b91a161

@@ -22,7 +22,7 @@ def rms(a):
     return a.square().mean(1).sqrt()
 
 
-def standardised(rewards):
+def standardized(rewards):
     rewards = torch.tensor(rewards)
     assume(rewards.std(1, correction=0).min() > 0.1)
     return group_advantages(rewards)
@@ -30,7 +30,7 @@ def standardised(rewards):
 
 @given(groups, exponents, st.booleans())
 def test_weights_are_the_formula(rewards, p, rescale):
-    advantages = standardised(rewards)
+    advantages = standardized(rewards)
     size = advantages.shape[1]
     for group, weights in zip(advantages, quasi_norm(advantages, p, rescale), strict=True):
         norm = sum(abs(a) ** p for a in group.tolist()) ** (1 / p)
@@ -40,20 +40,20 @@ def test_weights_are_the_formula(rewards, p, rescale):
 
 @given(groups, exponents, st.floats(1e-6, 1e6))
 def test_weights_ignore_the_scale_of_the_advantages(rewards, p, scale):
-    advantages = standardised(rewards)
+    advantages = standardized(rewards)
     torch.testing.assert_close(quasi_norm(scale * advantages, p), quasi_norm(advantages, p), atol=1e-9, rtol=1e-9)
 
 
 @given(groups, exponents, st.floats(0.2, 50))
 def test_weights_ignore_the_scale_of_the_rewards(rewards, p, scale):
-    advantages = standardised(rewards)
+    advantages = standardized(rewards)
     scaled = group_advantages(scale * torch.tensor(rewards))
     torch.testing.assert_close(quasi_norm(scaled, p), quasi_norm(advantages, p), atol=1e-4, rtol=0)
 
 
 @given(groups, exponents)
 def test_weights_keep_signs_order_and_zero_mean(rewards, p):
-    advantages = standardised(rewards)
+    advantages = standardized(rewards)
     weights = quasi_norm(advantages, p)
     assert torch.equal(weights.sign(), advantages.sign())
     assert weights.gather(1, advantages.argsort(1)).diff().min() >= -1e-12
@@ -62,20 +62,20 @@ def test_weights_keep_signs_order_and_zero_mean(rewards, p):
 
 @given(groups)
 def test_p_2_with_rescaling_changes_nothing(rewards):
-    advantages = standardised(rewards)
+    advantages = standardized(rewards)
     torch.testing.assert_close(quasi_norm(advantages, 2.0, True), advantages, atol=1e-4, rtol=1e-4)
 
 
 @given(groups, exponents)
 def test_rescaling_is_a_factor(rewards, p):
-    advantages = standardised(rewards)
+    advantages = standardized(rewards)
     factor = math.sqrt(advantages.shape[1])
     torch.testing.assert_close(quasi_norm(advantages, p, True), factor * quasi_norm(advantages, p, False))
 
 
 @given(groups, exponents)
 def test_no_group_grows(rewards, p):
-    assert rms(quasi_norm(standardised(rewards), p)).max() <= 1 + 1e-9
+    assert rms(quasi_norm(standardized(rewards), p)).max() <= 1 + 1e-9
 
 
 def shapes(size=12):
@@ -113,3 +113,42 @@ def test_a_group_of_zeros_stays_zero(p, dtype):
 def test_small_exponents_do_not_overflow(p, size):
     weights = quasi_norm(group_advantages(randn((3, size), seeded(0))), p)
     assert weights.isfinite().all()
+
+
+def test_half_and_half_is_the_lightest_group_and_winner_and_loser_the_heaviest():
+    z = randn((50_000, 12), seeded(3), dtype=torch.float64)
+    power = 20 * torch.rand(len(z), 1, generator=seeded(4), dtype=torch.float64)
+    odd = group_advantages(z.sign() * z.abs() ** power, eps=0)  # from nearly binary to nearly one-hot
+    for p in (0.4, 0.8, 1.0):
+        sizes = rms(quasi_norm(odd, p))
+        assert 12 ** (0.5 - 1 / p) - 1e-9 < sizes.min() and sizes.max() < 2 ** (0.5 - 1 / p) + 1e-9
+
+
+# --- shape against size ---
+
+
+def climb(p, scale, optimizer, lr, iterations=200, seeds=16):
+    "A Gaussian bandit with one weight, shared by a prompt that passes x > 0 and one with the reward exp(-3 x)."
+    weight = torch.zeros(seeds, dtype=torch.float64, requires_grad=True)
+    generator, optimizer = seeded(5), optimizer([weight], lr)
+    for _ in range(iterations):
+        noise = randn((2, seeds, 12), generator, dtype=torch.float64)
+        x = weight.detach()[:, None] + noise
+        advantages = group_advantages(torch.cat([(x[0] > 0).double(), (-3 * x[1]).exp()]))
+        pull = scale * quasi_norm(advantages, p) * noise.flatten(0, 1)
+        weight.grad = -pull.mean(1).view(2, seeds).mean(0)
+        optimizer.step()
+    return weight.detach()
+
+
+def test_the_exponent_decides_where_to_and_the_size_how_fast():
+    sgd = torch.optim.SGD
+    equal, lower, matched = (climb(p, scale, sgd, 0.05).mean() for p, scale in ((2, 1), (0.8, 1), (0.8, 4.5)))
+    assert equal > 0.2 and lower < -0.1 and matched < 2 * lower
+
+
+def test_adamw_sees_the_shape_and_not_the_size():
+    adam = torch.optim.AdamW
+    equal, lower, matched = (climb(p, scale, adam, 0.01) for p, scale in ((2, 1), (0.8, 1), (0.8, 4.5)))
+    assert (lower - matched).abs().max() < 1e-3
+    assert equal.mean() > 0 > lower.mean()
