@@ -14,8 +14,6 @@ import staging
 RAW = {"cell_type": "raw", "id": "r", "metadata": {}, "source": "---\ntitle: Page\n---"}
 RAW_LINK = "[`g`](https://a.org/g.html#g)"
 SIGNATURE = f"text {RAW_LINK}\n\n```python\nf(\n  x, # of {RAW_LINK}, twice\n)\n```"
-    "text [`g`](https://a.org/g.html#g)\n\n```python\nf(\n  x, # of [`g`](https://a.org/g.html#g), twice\n)\n```"
-)
 
 
 def exported():
