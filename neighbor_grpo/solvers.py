@@ -27,17 +27,17 @@ class Trajectory:
     nfe: float
     "Velocity evaluations per sample."
 
-# %% ../nbs/solvers.ipynb #06c9dd42
+
 def euler_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
     t: float | Tensor,  # a number or (N,)
     t_next: float | Tensor,  # a number or (N,)
 ) -> Tensor:  # (N, *shape) state at t_next
-    "Follow the tangent: `x + (t_next - t) v`. First order; equals DDIM for rectified flows."
+    "Follow the tangent: `x + (t_next - t) v`. First order; DDIM for rectified flows."
     return x + (expand_time(t_next, x) - expand_time(t, x)) * v
 
-# %% ../nbs/solvers.ipynb #b7b4c0a9
+
 def check_grid(
     ts: Tensor,  # (T+1,)
 ) -> Tensor:  # the same
@@ -57,8 +57,9 @@ def dpm2m_step(
     t: float,  # in (0, 1)
     t_next: float,  # in [0, t)
 ) -> Tensor:  # (N, *shape) state at t_next
-    "One step of DPM-Solver++(2M), midpoint, in data prediction (arXiv 2211.01095, algorithm 2)."
-    if t_prev == 1 or t_next == 0: return euler_step(x, v, t, t_next)  # a log-SNR is infinite
+    "One step of DPM-Solver++(2M), midpoint, data prediction (arXiv 2211.01095, alg. 2)."
+    infinite = t_prev == 1 or t_next == 0  # a log-SNR
+    if infinite: return euler_step(x, v, t, t_next)
     log_snr = lambda t: math.log((1 - t) / t)
     ratio = (log_snr(t_next) - log_snr(t)) / (log_snr(t) - log_snr(t_prev))
     x0 = denoised(x, v, t)
@@ -73,14 +74,14 @@ def ab2_step(
     t: float,  # in (0, 1)
     t_next: float,  # in [0, t)
 ) -> Tensor:  # (N, *shape) state at t_next
-    "Two-step Adams-Bashforth, variable steps: extrapolate the velocity to the middle of the step."
+    "Two-step Adams-Bashforth, variable steps: extrapolate the velocity to the middle."
     slope = (v - v_prev) / (t - t_prev)
     return euler_step(x, v + (t_next - t) / 2 * slope, t, t_next)
 
-# %% ../nbs/solvers.ipynb #347a3593
+# %% ../nbs/solvers.ipynb #e41008a4
 METHODS = ("euler", "heun", "dpm++2m", "ab2")
 
-# %% ../nbs/solvers.ipynb #e41008a4
+
 def solve(
     velocity: Velocity,  # velocity(x, t, cond)
     x: Tensor,  # (N, *shape) state at ts[0]; noise when ts[0] = 1
@@ -88,7 +89,7 @@ def solve(
     cond: object = None,  # passed on untouched
     method: str = "dpm++2m",  # one of METHODS
 ) -> Trajectory:
-    "Integrate `dx/dt = velocity` down the grid, keeping every state and the velocity at it."
+    "Integrate `dx/dt = velocity` down the grid; keep every state and the velocity there."
     require(method in METHODS, "method", method, f"one of {', '.join(METHODS)}")
     ts = check_grid(ts).to(x)
     xs, vs, nfe, times = [x], [], 0, ts.tolist()
@@ -105,11 +106,13 @@ def solve(
         x, v = xs[k], evaluate(xs[k], k)
         vs.append(v)
         if method == "heun" and t_next > 0:  # the last step to 0 is Euler, as in diffusers
-            x = euler_step(x, (v + evaluate(euler_step(x, v, t, t_next), k + 1)) / 2, t, t_next)
+            v_next = evaluate(euler_step(x, v, t, t_next), k + 1)
+            x = euler_step(x, (v + v_next) / 2, t, t_next)
         elif method == "dpm++2m" and k > 0:
             t_prev = times[k - 1]
             x = dpm2m_step(x, v, denoised(xs[k - 1], vs[k - 1], t_prev), t_prev, t, t_next)
-        elif method == "ab2" and k > 0: x = ab2_step(x, v, vs[k - 1], times[k - 1], t, t_next)
+        elif method == "ab2" and k > 0:
+            x = ab2_step(x, v, vs[k - 1], times[k - 1], t, t_next)
         else: x = euler_step(x, v, t, t_next)
         xs.append(x)
     return Trajectory(ts, torch.stack(xs), torch.stack(vs), nfe)
@@ -119,10 +122,11 @@ def step_response(
     ts: Tensor,  # (T+1,) descending, in [0, 1]
     method: str = "dpm++2m",  # one of METHODS but Heun, which asks the network twice
 ) -> Tensor:  # (T,) negative
-    "`d x_{k+1} / d v_k`: how far a step's end moves when the velocity at its start moves by one."
+    "`d x_{k+1} / d v_k`: how far a step's end moves when its velocity moves by one."
     known = method in METHODS and method != "heun"
     require(known, "method", method, "euler, dpm++2m or ab2: one evaluation a step")
-    grid = torch.tensor(check_grid(ts).tolist(), dtype=torch.float64)  # on the CPU: MPS has none
+    # on the CPU: MPS has no float64
+    grid = torch.tensor(check_grid(ts).tolist(), dtype=torch.float64)
     dt, clock = ts[1:] - ts[:-1], grid if method == "ab2" else ((1 - grid) / grid).log()
     ratio = torch.zeros_like(clock[1:])
     if method != "euler": ratio[1:] = clock[1:].diff() / clock[:-1].diff()
