@@ -78,9 +78,8 @@ def combine_rewards(
     same = len(set(shapes)) == 1
     require(same, "rewards", f"shapes {shapes}", "at least one, all of one shape (P, G)")
     weights = [1 / len(rewards)] * len(rewards) if weights is None else weights
-    count = len(rewards)
-    allowed = f"one for each of {count} rewards"
-    require(len(weights) == count, "weights", f"{len(weights)} weights", allowed)
+    require(len(weights) == len(rewards), "weights", f"{len(weights)} weights",
+            f"one for each of {len(rewards)} rewards")
     prepare = group_advantages if standardise else check_rewards
     return sum(w * prepare(r) for w, r in zip(weights, rewards, strict=True))
 
@@ -142,9 +141,7 @@ class SurrogateStats:
 
     def summary(self) -> dict[str, float | None]:
         "`ratio_min`, `ratio_max`, `clip_fraction`, `entropy` (None if it has none)."
-        def of(values, reduce):
-            return reduce(torch.stack(values)).item() if values else None
-
+        of = lambda values, reduce: reduce(torch.stack(values)).item() if values else None
         return {"ratio_min": of(self.low, torch.min), "ratio_max": of(self.high, torch.max),
                 "clip_fraction": of(self.clipped, torch.mean),
                 "entropy": of(self.entropy, torch.mean)}

@@ -27,8 +27,7 @@ def gaussian_log_prob(
     std: Tensor,  # > 0, broadcastable to x
 ) -> Tensor:  # (N,), float32 or better
     "Log-density of a Gaussian step, *averaged* over the non-batch dimensions."
-    precise = lambda a: a.to(torch.promote_types(a.dtype, torch.float32))
-    x, mean, std = precise(x), precise(mean), precise(std)
+    x, mean, std = (a.to(torch.promote_types(a.dtype, torch.float)) for a in (x, mean, std))
     log_prob = -((x - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
     return log_prob.flatten(1).mean(1)
 

@@ -58,8 +58,8 @@ def dpm2m_step(
     t_next: float,  # in [0, t)
 ) -> Tensor:  # (N, *shape) state at t_next
     "One step of DPM-Solver++(2M), midpoint, data prediction (arXiv 2211.01095, alg. 2)."
-    infinite = t_prev == 1 or t_next == 0  # a log-SNR
-    if infinite: return euler_step(x, v, t, t_next)
+    # In these steps a log-SNR is infinite.
+    if t_prev == 1 or t_next == 0: return euler_step(x, v, t, t_next)
     log_snr = lambda t: math.log((1 - t) / t)
     ratio = (log_snr(t_next) - log_snr(t)) / (log_snr(t) - log_snr(t_prev))
     x0 = denoised(x, v, t)
@@ -111,8 +111,7 @@ def solve(
         elif method == "dpm++2m" and k > 0:
             t_prev = times[k - 1]
             x = dpm2m_step(x, v, denoised(xs[k - 1], vs[k - 1], t_prev), t_prev, t, t_next)
-        elif method == "ab2" and k > 0:
-            x = ab2_step(x, v, vs[k - 1], times[k - 1], t, t_next)
+        elif method == "ab2" and k > 0: x = ab2_step(x, v, vs[-2], times[k - 1], t, t_next)
         else: x = euler_step(x, v, t, t_next)
         xs.append(x)
     return Trajectory(ts, torch.stack(xs), torch.stack(vs), nfe)
