@@ -17,8 +17,8 @@ from ..flow import (Generators, Velocity, denoised, interpolate, randn, require,
                                 time_grid)
 from ..grpo import group_advantages, standardized, surrogate
 from ..neighbors import neighbor_noise
-from ..rollouts import (Algorithm, Reward, Rollout, Standardize, States, Surrogate,
-                                    check_settings, everyone, for_each)
+from ..rollouts import (Algorithm, Reward, Rollout, Standardize, States,
+                                    Surrogate, check_settings, everyone, for_each)
 from ..solvers import Trajectory, solve
 
 # %% ../../nbs/rivals/forward.ipynb #58588ca8
@@ -28,7 +28,8 @@ def forward_times(
     shift: float = 1.0,  # time shift, as of `time_grid`
     generator: Generators = None,  # one, or one for each group
 ) -> Tensor:  # (K, P) float32 in (0, 1], descending along K
-    "Stratified times: cut (0, 1] into K equal strata, draw one uniform time in each, then shift."
+    """Stratified times: cut (0, 1] into K equal strata, draw one uniform time in each, then
+    shift."""
     require(isinstance(count, int) and count >= 1, "count", count, "an integer >= 1")
     each = generator if isinstance(generator, (list, tuple)) else [generator] * groups
     require(len(each) == groups, "generator", f"{len(each)} generators",
@@ -40,8 +41,8 @@ def forward_times(
 # %% ../../nbs/rivals/forward.ipynb #c95afa27
 @dataclass(frozen=True)
 class ForwardProcess(Algorithm):
-    """What needs samples only: any solver makes them, noise is added afresh, and the velocity is
-    judged there."""
+    """What needs samples only: any solver makes them, noise is added afresh, and the
+    velocity is judged there."""
     group_size: int = 12
     "G, candidates for each prompt, at least 2."
     steps: int = 8
@@ -49,16 +50,16 @@ class ForwardProcess(Algorithm):
     shift: float | None = 1.0
     "Time shift of the grid and of the trained times; 3 for SD3; None: that of the task."
     grid: Literal["even", "scheduler"] = "even"
-    """Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that passes
-    it no sigmas."""
+    """Times evenly spaced, then shifted; or the scheduler's own, as in code for SD3.5 that
+    passes it no sigmas."""
     trained_steps: int = 4
     """K, times at which each sample is noised and trained. They have nothing to do with the
     solver's steps."""
     method: Literal["euler", "heun", "dpm++2m", "ab2"] = "dpm++2m"
     "Solver of the rollout."
     group_noise: bool = True
-    """At each time, one noise for the whole group; otherwise one for each sample. The times are
-    always the group's."""
+    """At each time, one noise for the whole group; otherwise one for each sample. The times
+    are always the group's."""
 
     def __post_init__(self):
         # as many times as one likes, up to those that SD3 and FLUX are trained on
@@ -71,21 +72,24 @@ class ForwardProcess(Algorithm):
     def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
                generator: Generators = None, iteration: int = 0,
                reward: Reward | None = None) -> Rollout:
-        """Solve the ODE, then noise its samples K times: states at decreasing times, and the sample
-        itself as the last."""
+        """Solve the ODE, then noise its samples K times: states at decreasing times, and
+        the sample itself as the last."""
         (groups, size), count = start.shape[:2], self.trained_steps
-        grid, cond_each = time_grid(self.steps, self.shift, self.grid), for_each(cond, groups, size)
+        grid = time_grid(self.steps, self.shift, self.grid)
+        cond_each = for_each(cond, groups, size)
         path = solve(velocity, start.flatten(0, 1), grid, cond_each, self.method)
         x0, each = path.x[-1], 1 if self.group_noise else size
-        ts = forward_times(groups, count, self.shift or 1.0, generator).to(x0)  # never None here
-        noise = randn((groups * count * each, *x0.shape[1:]), generator, x0.device, x0.dtype)
-        noise = noise.unflatten(0, (groups, count, each)).expand(-1, -1, size, *x0.shape[1:])
+        # the shift is never None here
+        ts = forward_times(groups, count, self.shift or 1.0, generator).to(x0)
+        shape = x0.shape[1:]
+        noise = randn((groups * count * each, *shape), generator, x0.device, x0.dtype)
+        noise = noise.unflatten(0, (groups, count, each)).expand(-1, -1, size, *shape)
         t = [row.repeat_interleave(size) for row in ts]  # the group's time, for each sample
         xs = [interpolate(x0, noise[:, k].flatten(0, 1), t[k]) for k in range(count)]
         vs = [velocity(xs[k], t[k], cond_each) for k in range(count)]
         ts = torch.cat([ts, torch.zeros_like(ts[:1])])
-        return Rollout.of(Trajectory(ts, torch.stack([*xs, x0]), torch.stack(vs), path.nfe + count),
-                          groups, cond)
+        xs, vs = torch.stack([*xs, x0]), torch.stack(vs)
+        return Rollout.of(Trajectory(ts, xs, vs, path.nfe + count), groups, cond)
 
     def choose(self, rollout: Rollout, generator: Generators = None) -> States:
         "All candidates of each group at all of its times."
@@ -93,16 +97,18 @@ class ForwardProcess(Algorithm):
         return States.product(times, everyone(rollout), rollout.x.device)
 
     def regression(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
-        "(M,): mean squared error of `x0_hat`, over its own mean absolute error without gradient."
+        """(M,): mean squared error of `x0_hat`, over its own mean absolute error without
+        gradient."""
         x_hat = denoised(states.select(rollout.x), v, states.times(rollout.ts)[0])
         error = (x_hat - rollout.samples[states.prompt, states.member]).flatten(1)
         return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
     @property
     def nfe_old(self) -> float:
-        """Evaluations without gradient, per sample: the solver's, and one of the collecting policy
-        at each trained time."""
-        return self.steps + self.trained_steps + (self.steps - 1 if self.method == "heun" else 0)
+        """Evaluations without gradient, per sample: the solver's, and one of the collecting
+        policy at each trained time."""
+        twice = self.steps - 1 if self.method == "heun" else 0
+        return self.steps + self.trained_steps + twice
 
     @property
     def nfe_theta(self) -> float:
@@ -112,8 +118,8 @@ class ForwardProcess(Algorithm):
 # %% ../../nbs/rivals/forward.ipynb #d24298b8
 @dataclass(frozen=True)
 class DiffusionNFT(ForwardProcess):
-    """DiffusionNFT (arXiv 2509.16117): one mixture of old and new velocity regressed on good
-    samples, its mirror on bad."""
+    """DiffusionNFT (arXiv 2509.16117): one mixture of old and new velocity regressed on
+    good samples, its mirror on bad."""
     steps: int = 10
     "T, solver steps of a rollout."
     trained_steps: int = 9
@@ -130,8 +136,8 @@ class DiffusionNFT(ForwardProcess):
         for name in ("beta", "advantage_clip"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
 
-    # mixtures of old and new velocity are regressed; no ratio tells a change of the policy from
-    # rounding
+    # mixtures of old and new velocity are regressed; no ratio tells a change of the policy
+    # from rounding
     has_ratio = False
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
@@ -143,8 +149,8 @@ class DiffusionNFT(ForwardProcess):
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
-        """The regressions of both mixtures, weighted with r and 1 - r. There is no ratio to keep
-        statistics of."""
+        """The regressions of both mixtures, weighted with r and 1 - r. There is no ratio to
+        keep statistics of."""
         # the mixtures need full precision, whatever the network answers in
         v = velocity(*states.inputs(rollout)).to(rollout.x.dtype)
         old = v.detach() if on_policy else states.select(rollout.v)
@@ -156,15 +162,15 @@ class DiffusionNFT(ForwardProcess):
 # %% ../../nbs/rivals/forward.ipynb #4a9d3e2e
 @dataclass(frozen=True)
 class VGRPO(ForwardProcess):
-    """V-GRPO (arXiv 2604.23380): GRPO with minus the pretraining loss, at shared times and noises,
-    for a log-probability."""
+    """V-GRPO (arXiv 2604.23380): GRPO with minus the pretraining loss, at shared times and
+    noises, for a log-probability."""
     steps: int = 16
     "T, solver steps of a rollout."
     clip_range: float = 0.01
     "c of the two-sided clip of the ratio to [1 - c, 1 + c]."
     one_ratio: bool = True
-    """All K times of a sample share one ratio, the geometric mean of theirs, as in the paper;
-    otherwise each has its own."""
+    """All K times of a sample share one ratio, the geometric mean of theirs, as in the
+    paper; otherwise each has its own."""
     soft_clip: float = 3.0
     "eta of the soft clip `eta tanh(A / eta)` of advantages, > 0."
 
@@ -181,20 +187,16 @@ class VGRPO(ForwardProcess):
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized and softly clipped."
-        return (
-            self.soft_clip * (standardized(rewards, weights, standardize) / self.soft_clip).tanh()
-        )
+        standard = standardized(rewards, weights, standardize)
+        return self.soft_clip * (standard / self.soft_clip).tanh()
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
-        """The clipped ratio, with minus the regression for a log-probability, each policy's over
-        its own error."""
+        """The clipped ratio, with minus the regression for a log-probability, each policy's
+        over its own error."""
         log_prob = -self.regression(rollout, states, velocity(*states.inputs(rollout)))
-        old = (
-            log_prob.detach()
-            if on_policy
-            else -self.regression(rollout, states, states.select(rollout.v))
-        )
+        old = log_prob.detach()
+        if not on_policy: old = -self.regression(rollout, states, states.select(rollout.v))
         mean = lambda values: values.view(-1, self.together).mean(1)
         log_ratio = mean(log_prob - old)
         own = mean(states.of_candidates(advantages)) * self.together
