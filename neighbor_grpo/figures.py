@@ -117,7 +117,7 @@ def flipbook(
     alt: Callable[[Value], str],  # what the frame shows, for those who cannot see it
     start: int = 0,  # the frame that is shown first; -1: the last
     play: bool = False,  # a button that runs through the frames, to the last one
-    pause: int = 160,  # ms between two frames; at least 1500 for readers who ask for less motion
+    pause: int = 160,  # ms between two frames; at least 1500 where less motion is asked for
     show: Callable[[Value], str] = str,  # a value as text
     dpi: int = 150,  # 150 with a 7.5 inch figure: 1125 pixels wide
 ) -> object:  # IPython's HTML

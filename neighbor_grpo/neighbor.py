@@ -19,15 +19,15 @@ from .grpo import group_advantages, standardized, surrogate
 from .leaping import leaping_entropy, leaping_log_probs
 from .neighbors import neighbor_noise
 from .reweighting import quasi_norm
-from .rollouts import (Reward, Rollout, Standardize, States, StepAlgorithm, Surrogate,
-                                    check_settings, choose_steps, for_each, per_state,
-                                    untrained_steps)
+from .rollouts import (Reward, Rollout, Standardize, States, StepAlgorithm,
+                                    Surrogate, check_settings, choose_steps, for_each,
+                                    per_state, untrained_steps)
 from .solvers import euler_step, solve, step_response
 
 # %% ../nbs/neighbor.ipynb #6ef938a2
 @dataclass(frozen=True)
 class NeighborGRPO(StepAlgorithm):
-    "Neighbor GRPO (arXiv 2511.16955): ODEs from neighboring noises, a softmax over distances."
+    "Neighbor GRPO (arXiv 2511.16955): neighboring noises, a softmax over distances."
     group_size: int = 12
     "G, candidates for each prompt, at least 2."
     sigma: float = 0.3
@@ -43,15 +43,15 @@ class NeighborGRPO(StepAlgorithm):
     anchors: int = 4
     "B, candidates of each group that get a gradient, in [1, group_size]."
     trained_steps: int = 4
-    "K, steps trained for each anchor, in [1, steps]; the paper counts B K / G = 1.33 evaluations."
+    "K, steps trained for each anchor, in [1, steps]; the paper's B K / G is 1.33."
     train_where: Literal["random", "first", "last"] = "random"
     "Which K steps: a random subset for each group, or the first or last K. Unconfirmed."
     leap_from: Literal["euler", "stored", "rollout"] = "euler"
-    "Both leap from an Euler step (the paper), or the old one from the stored state, or both solve."
+    "Both from an Euler step (the paper), the old from the stored state, or both solve."
     temperature: float = 1.0
     "tau of the softmax. Not in the paper."
     reduction: Literal["mean", "sum"] = "mean"
-    "Of squared distances over a sample. The paper's formula sums; small clips speak for the mean."
+    "Of squared distances over a sample. The paper sums; small clips speak for the mean."
     clip_range: float = 1e-4
     "c of the two-sided clip of the ratio to [1 - c, 1 + c]."
     p: float = 0.8
@@ -63,7 +63,8 @@ class NeighborGRPO(StepAlgorithm):
         require(0 < self.sigma <= 1, "sigma", self.sigma, "in (0, 1]")
         allowed = f"an integer in [1, {self.group_size}], the group size"
         require(1 <= self.anchors <= self.group_size, "anchors", self.anchors, allowed)
-        require(self.temperature > 0, "temperature", self.temperature, "a finite number > 0")
+        positive = self.temperature > 0
+        require(positive, "temperature", self.temperature, "a finite number > 0")
         require(0 < self.p <= 2, "p", self.p, "in (0, 2]")
         known = self.method != "heun" or self.leap_from != "rollout"
         require(known, "leap_from", self.leap_from, "'euler' or 'stored' with Heun")
@@ -78,26 +79,28 @@ class NeighborGRPO(StepAlgorithm):
         "Solve the ODE from all starts at once; nothing random is left."
         groups, size = start.shape[:2]
         ts = time_grid(self.steps, self.shift, self.grid)
-        path = solve(velocity, start.flatten(0, 1), ts, for_each(cond, groups, size), self.method)
+        each = for_each(cond, groups, size)
+        path = solve(velocity, start.flatten(0, 1), ts, each, self.method)
         return Rollout.of(path, groups, cond)
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
-        "`(P, G[, R]) -> (P, G)`: standardized, over the quasi-norm; a flat group stays faint."
+        "`(P, G[, R]) -> (P, G)`: standardized, over the quasi-norm; faint for flat groups."
         standard = standardized(rewards, weights, standardize)
-        size = standard.square().mean(1, keepdim=True).sqrt()  # 1, unless the rewards hardly differ
+        size = standard.square().mean(1, keepdim=True).sqrt()  # 1 unless rewards are flat
         return quasi_norm(standard, self.p) * size
 
     def choose(self, rollout: Rollout, generator: Generators = None) -> States:
         "B anchors of each group, each at the group's K steps."
         groups = rollout.x.shape[1]
         members = sample_anchors(groups, self.group_size, self.anchors, generator)
-        steps = choose_steps(groups, self.steps, self.trained_steps, self.train_where, generator)
+        steps = choose_steps(groups, self.steps, self.trained_steps, self.train_where,
+                             generator)
         return States.product(steps, members, rollout.x.device)
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
-        "Each anchor is pulled to good candidates and pushed from bad ones, within the clip."
+        "Anchors are pulled to good candidates and pushed from bad ones, within the clip."
         v, v_old = velocity(*states.inputs(rollout)), states.select(rollout.v)
         log_prob = self.leap(rollout, states, self.step(rollout, states, v))
         if self.leap_from == "stored":
@@ -108,20 +111,20 @@ class NeighborGRPO(StepAlgorithm):
         return -surrogate(log_prob, old, gains, self.clip_range, entropy=entropy)
 
     def step(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
-        "(M, *shape): where a velocity `v` brings the anchors."
+        "(N, *shape): where a velocity `v` brings the anchors."
         if self.leap_from != "rollout":
             return euler_step(states.select(rollout.x), v, *states.times(rollout.ts))
         response = per_state(states.select_step(step_response(rollout.ts, self.method)), v)
         return states.select(rollout.x[1:]) + response * (v - states.select(rollout.v))
 
     def leap(self, rollout: Rollout, states: States, anchor: Tensor) -> Tensor:
-        "(M, G): log-probability of leaping from `anchor` to each candidate of its group."
+        "(N, G): log-probability of leaping from `anchor` to each candidate of its group."
         candidates = rollout.x[states.step + 1, states.prompt]
         return leaping_log_probs(candidates, anchor, self.temperature, self.reduction)
 
     def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor,
               log_prob: Tensor, old: Tensor) -> Tensor:
-        "(M,): divergence of the leaping policy from the old one."
+        "(N,): divergence of the leaping policy from the old one."
         return (old.exp() * (old - log_prob)).sum(1)
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,7 @@ class NeighborGRPO(StepAlgorithm):
 
     @property
     def nfe_old(self) -> float:
-        "Evaluations without gradient, per sample: one a step, two for Heun except in its last."
+        "Evaluations without gradient, per sample: one a step, two in Heun's but the last."
         return self.steps + (self.steps - 1 if self.method == "heun" else 0)
 
     @property

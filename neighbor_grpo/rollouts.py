@@ -11,7 +11,8 @@ __all__ = ['Condition', 'Standardize', 'Reward', 'Surrogate', 'take', 'for_each'
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, fields, replace
-from typing import ClassVar, Literal, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import (ClassVar, Literal, Protocol, TypeVar, get_args, get_origin,
+                    get_type_hints)
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def take(
     "Pick rows of a condition, whatever its structure."
     if cond is None: return cond
     if isinstance(cond, Tensor): return cond[rows.to(cond.device)]
-    if isinstance(cond, dict): return type(cond)((k, take(v, rows)) for k, v in cond.items())
+    if isinstance(cond, dict):
+        return type(cond)((k, take(v, rows)) for k, v in cond.items())
     if isinstance(cond, (list, tuple)): return type(cond)(take(v, rows) for v in cond)
     allowed = "None, a tensor, or a dict, list or tuple of tensors"
     raise ValueError(f"cond must be {allowed}, got {type(cond).__name__!r}")
@@ -61,7 +63,7 @@ class Rollout:
     nfe: float
     "Velocity evaluations per sample."
     noisy: Tensor | None = None
-    "(T, P) which steps of each group were drawn from a Gaussian; None: no step of an ODE is."
+    "(T, P) which steps of each group were drawn from a Gaussian; None: none was."
     replayed: Tensor | None = None
     "(P, G) which candidates were taken from a memory; None: none was."
 
@@ -82,18 +84,18 @@ class Rollout:
 # %% ../nbs/rollouts.ipynb #ad9935c7
 @dataclass(frozen=True)
 class States:
-    "Which states are trained: candidate `member` of group `prompt` before solver step `step`."
+    "Trained states: candidate `member` of group `prompt` before solver step `step`."
     step: Tensor
-    "(M,) in 0 ... T-1."
+    "(N,) in 0 ... T-1."
     prompt: Tensor
-    "(M,) in 0 ... P-1."
+    "(N,) in 0 ... P-1."
     member: Tensor
-    "(M,) in 0 ... G-1."
+    "(N,) in 0 ... G-1."
 
     @classmethod
     def product(cls, steps: Tensor,  # (P, K)
                 members: Tensor,  # (P, B)
-                device: torch.device | str) -> "States":  # M = P B K states
+                device: torch.device | str) -> "States":  # N = P B K states
         "Each chosen member of a group at each chosen step of that group."
         prompts = torch.arange(len(steps))
         index = steps[:, None, :], prompts[:, None, None], members[:, :, None]
@@ -102,35 +104,36 @@ class States:
     def __len__(self) -> int: return len(self.step)
 
     def split(self, size: int) -> "Iterator[States]":
-        "Micro-batches of at most `size` states; 0 means all at once. Of no states there are none."
+        "Micro-batches of at most `size` states, 0 for all at once; none of no states."
         if len(self) == 0: return iter(())
         parts = (i.split(size or len(self)) for i in (self.step, self.prompt, self.member))
         return (States(*part) for part in zip(*parts, strict=True))
 
     def select(self, values: Tensor) -> Tensor:
-        "`(T or T+1, P, G, *shape) -> (M, *shape)`: the values of these states."
+        "`(T or T+1, P, G, *shape) -> (N, *shape)`: the values of these states."
         return values[self.step, self.prompt, self.member]
 
     def of_candidates(self, values: Tensor) -> Tensor:
-        "`(P, G) -> (M,)`: the values of these states' candidates."
+        "`(P, G) -> (N,)`: the values of these states' candidates."
         return values.to(self.prompt.device)[self.prompt, self.member]
 
     def select_step(self, values: Tensor) -> Tensor:
-        "`(T,)`, or `(T, P)` where groups differ -> `(M,)`: the values of these states' steps."
+        "`(T,)`, or `(T, P)` where groups differ -> `(N,)`: values of these states' steps."
         return values[self.step] if values.ndim == 1 else values[self.step, self.prompt]
 
     def times(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        "`(T+1,)` or `(T+1, P)` -> the times `(M,)` before and after the step."
+        "`(T+1,)` or `(T+1, P)` -> the times `(N,)` before and after the step."
         return self.select_step(ts), self.select_step(ts[1:])
 
     def inputs(self, rollout: Rollout) -> tuple[Tensor, Tensor, object]:
         "What a velocity takes at these states."
-        return self.select(rollout.x), self.times(rollout.ts)[0], take(rollout.cond, self.prompt)
+        x, t = self.select(rollout.x), self.times(rollout.ts)[0]
+        return x, t, take(rollout.cond, self.prompt)
 
 
 def per_state(
-    values: Tensor,  # (M,)
-    like: Tensor,  # (M, ...)
+    values: Tensor,  # (N,)
+    like: Tensor,  # (N, ...)
 ) -> Tensor:  # broadcastable to it
     "One number for each state."
     return values.reshape(-1, *[1] * (like.ndim - 1))
@@ -157,7 +160,8 @@ def untrained_steps(
 ) -> list[int]:
     "The steps that `choose_steps` never chooses; none where it draws."
     first = 0 if where == "first" else total - count
-    return [] if where == "random" else [k for k in range(steps) if not first <= k < first + count]
+    trained = range(steps) if where == "random" else range(first, first + count)
+    return [k for k in range(steps) if k not in trained]
 
 
 def everyone(rollout: Rollout) -> Tensor:  # (P, G)
@@ -207,12 +211,12 @@ class Watched:
 
 # %% ../nbs/rollouts.ipynb #a10b1e0d
 Standardize = Callable[[Tensor], Tensor]  # (P, G) rewards -> (P, G), of mean 0 and spread 1
-Reward = Callable[[Tensor], Tensor]  # (P, M, *shape) samples -> (P, M)
-Surrogate = Callable[..., Tensor]  # `grpo.surrogate`, or what does more with the same arguments
+Reward = Callable[[Tensor], Tensor]  # (P, N, *shape) samples -> (P, N)
+Surrogate = Callable[..., Tensor]  # grpo.surrogate, or more with the same arguments
 
 
 class Algorithm:
-    "A frozen dataclass of settings with five short methods, in the order in which data flows."
+    "A frozen dataclass of settings with five methods, in the order in which data flows."
     __dataclass_fields__: ClassVar[dict[str, Field]]
     group_size: int
     "G, candidates for each prompt."
@@ -223,7 +227,7 @@ class Algorithm:
 
     @property
     def has_ratio(self) -> bool:
-        "Whether the loss is a clipped ratio, which must be 1 for the policy that collected."
+        "Whether the loss is a clipped ratio, 1 for the policy that collected."
         return True
 
     @property
@@ -277,13 +281,13 @@ class Algorithm:
              rollout: Rollout,
              states: States,  # a micro-batch of those chosen
              advantages: Tensor,  # (P, G)
-             on_policy: bool = False,  # no weight has moved since: the ratio is 1 to the last bit
+             on_policy: bool = False,  # no weight has moved since: the ratio is exactly 1
              surrogate: Surrogate = surrogate) -> Tensor:
         "Minus what these states add to the objective, as a sum over them."
         raise NotImplementedError(f"{type(self).__name__} needs loss")
 
     def distance_weights(self, rollout: Rollout, states: States) -> Tensor | float:
-        "(M,): times which a squared distance of two velocities is a divergence of their policies."
+        "(N,): divergence of two policies, over the squared distance of their velocities."
         return 1.0  # a deterministic policy has no divergence
 
     @torch.no_grad()
@@ -291,18 +295,20 @@ class Algorithm:
                 cond: object = None, generator: Generators = None, iteration: int = 0,
                 reward: Reward | None = None) -> Rollout:
         "Sample a group for each noise: `starts`, then `follow`."
-        precise = torch.promote_types(noise.dtype, torch.float32)  # no drift in half precision
+        precise = torch.promote_types(noise.dtype, torch.float32)  # no drift in float16
         start = self.starts(noise.to(precise), self.group_size, generator)
         return self.follow(velocity, start, cond, generator, iteration, reward)
 
     def losses(self, velocity: Velocity, rollout: Rollout, advantages: Tensor,
                generator: Generators = None, on_policy: bool = False,
                surrogate: Surrogate = surrogate, micro_batch: int = 0) -> Iterator[Tensor]:
-        "The loss of one update as scalars to call `backward()` on, one for each micro-batch."
+        "The loss of one update: scalars to call `backward()` on, one for each micro-batch."
         groups = tuple(rollout.x.shape[1:3])
         found = f"shape {tuple(advantages.shape)}"
-        require(advantages.shape == groups, "advantages", found, f"of shape (P, G) = {groups}")
-        chosen, advantages = self.choose(rollout, generator), advantages.to(rollout.x.device)
+        fits, allowed = advantages.shape == groups, f"of shape (P, G) = {groups}"
+        require(fits, "advantages", found, allowed)
+        chosen = self.choose(rollout, generator)
+        advantages = advantages.to(rollout.x.device)
         for states in chosen.split(micro_batch):
             loss = self.loss(velocity, rollout, states, advantages, on_policy, surrogate)
             yield loss / len(chosen)
@@ -311,9 +317,10 @@ class Algorithm:
         "With the time shift of a task, where it has none of its own."
         return replace(self, shift=shift) if self.shift is None else self
 
-    def recall(self, rollout: Rollout, rewards: Tensor, prompts: Tensor, memory: dict[str, Tensor],
+    def recall(self, rollout: Rollout, rewards: Tensor, prompts: Tensor,
+               memory: dict[str, Tensor],
                generator: Generators = None) -> tuple[Rollout, Tensor, dict]:
-        "Rollout and rewards to train on, with what the memory holds, and what is to be remembered."
+        "Rollout and rewards to train on, those of the memory included; what to remember."
         return rollout, rewards, {}
 
     def remember(self, memory: dict[str, Tensor], news: list[dict],
@@ -323,19 +330,19 @@ class Algorithm:
 
 
 class StepAlgorithm(Algorithm):
-    "An algorithm that trains steps of its own solver, which is what most modifiers need to know."
+    "An algorithm that trains steps of its own solver, as most modifiers need to know."
     steps: int
     "T, solver steps of a rollout."
     trained_steps: int
     "K, steps trained for each trained candidate."
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        "`(T+1[, P])` -> (S[, P]) each: how far a step's mean moves with the velocity; its noise."
+        "`(T+1[, P])` -> (S[, P]) each: how far the velocity moves a step's mean; its noise."
         return ts[:-1] - ts[1:], torch.ones_like(ts[:-1])
 
     def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor,
               log_prob: Tensor, old: Tensor) -> Tensor:
-        "(M,): minus the mean log-ratio under the old policy, which is the divergence from it."
+        "(N,): the divergence from the old policy: minus the mean log-ratio under it."
         raise NotImplementedError(f"{type(self).__name__} needs drift")
 
 

@@ -30,7 +30,7 @@ def markdown_table(
 def field_docs(
     cls: type,  # a dataclass
 ) -> dict[str, str]:
-    "The docstrings under the fields of a dataclass and of those that it inherits from, by name."
+    "The docstrings under the fields of a dataclass and of its ancestors, by name."
     docs = {}
     for kind in reversed([kind for kind in cls.__mro__ if is_dataclass(kind)]):
         linecache.getlines(inspect.getmodule(kind).__dict__.get("__file__", ""))
@@ -38,8 +38,8 @@ def field_docs(
                    if len(entry) > 2)
         source = next(s for s in sources
                       if re.search(rf"^class {kind.__name__}\b", s, re.MULTILINE))
-        tree = ast.walk(ast.parse(source))
-        body = next(n for n in tree if isinstance(n, ast.ClassDef) and n.name == kind.__name__).body
+        classes = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef))
+        body = next(n for n in classes if n.name == kind.__name__).body
         for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 doc = ast.literal_eval(text.value)
@@ -60,16 +60,16 @@ def settings_table(
 
 
 def details_table(
-    details: Sequence[tuple[str, str, str, str]],  # what, what the code does, settings, source
+    details: Sequence[tuple[str, str, str, str]],  # what, what is done, settings, source
     cls: type | Sequence[type],  # whose defaults are shown
     first: int = 1,  # number of the first row
 ) -> str:
-    """Numbered implementation details, as Markdown; settings that are not the class's are the
-    training loop's."""
+    "Numbered implementation details, as Markdown; other settings are the training loop's."
     classes, rows = [cls] if isinstance(cls, type) else cls, []
     defaults = {f.name: f.default for kind in classes for f in fields(kind)}
     for number, (detail, code, settings, source) in enumerate(details, first):
         names = [f"`{name}={defaults[name]!r}`" if name in defaults else f"`{name}`"
                  for name in settings.split()]
         rows.append([number, detail, code, ", ".join(names) or "–", source])
-    return markdown_table(["#", "detail", "what the code does", "setting", "source"], rows, "rllll")
+    header = ["#", "detail", "what the code does", "setting", "source"]
+    return markdown_table(header, rows, "rllll")
