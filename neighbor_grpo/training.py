@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 from .anchors import sample_subsets
 from .flow import Generators, Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards, combine_rewards, merged
-from .rollouts import (Algorithm, Rollout, StepAlgorithm, States, Watched, check_types,
-                                    per_state)
+from .rollouts import (Algorithm, Rollout, StepAlgorithm, States, Watched,
+                                    check_types, per_state)
 
 # %% ../nbs/training.ipynb #7aa3e30c
 class Task:
-    "A policy, prompts, a reward, and a held-out judgment. The first six members are needed."
+    "A policy, prompts, a reward, a held-out judgment. The first six members are needed."
     policy: nn.Module
     "`velocity(x, t, cond)`, whose weights are trained."
     shape: tuple[int, ...]
@@ -39,7 +39,8 @@ class Task:
     "How many training prompts there are, numbered from 0."
 
     def conditions(self, prompts: Tensor) -> object:
-        "What the velocity takes for prompts `(P,)`: None, or a structure of tensors with P rows."
+        """What the velocity takes for prompts `(P,)`: None, or a structure of tensors with
+        P rows."""
         raise NotImplementedError(f"{type(self).__name__} needs conditions")
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
@@ -55,9 +56,11 @@ class Task:
     shift: float = 1.0
     "Time shift of the grid that fits the policy, where the algorithm is not told another."
     coarse: bool = False
-    "The policy rounds to less than float32: old velocities are computed again in training batches."
+    """The policy rounds to less than float32: old velocities are computed again in training
+    batches."""
     split_guidance: bool = False
-    "Training guides otherwise than the rollout: stored velocities are not the learning policy's."
+    """Training guides otherwise than the rollout: stored velocities are not the learning
+    policy's."""
     base: Velocity
     "The policy before training, for tables and pictures."
     saves: bool = False
@@ -68,12 +71,13 @@ class Task:
         return copy.deepcopy(self.policy)
 
     def parts(self, network: nn.Module) -> list[nn.Module]:
-        """What processes split one after the other of the policy or a copy of it; the last one
-        holds all weights."""
+        """What processes split one after the other of the policy or a copy of it; the last
+        one holds all weights."""
         return [network]
 
     def draw(self, policies: dict[str, Velocity], path: Path) -> None:
-        "Save a picture of what each policy makes, by title; nothing where there is nothing to see."
+        """Save a picture of what each policy makes, by title; nothing where there is
+        nothing to see."""
 
     def images(self, velocity: Velocity) -> Tensor | None:
         "(N, 3, H, W) held-out samples in [0, 1], for trackers; None: there are no images."
@@ -86,7 +90,8 @@ class Plain(Task):
     "A task of somebody who wrote the six members that are needed, and no more."
     def __init__(self, given: Task):  # or an object of any class, with those six members
         self.policy, self.shape, self.prompts = given.policy, given.shape, given.prompts
-        vars(self).update(conditions=given.conditions, reward=given.reward, evaluate=given.evaluate)
+        vars(self).update(conditions=given.conditions, reward=given.reward,
+                          evaluate=given.evaluate)
         members = {name for name in [*vars(Task), *Task.__annotations__] if name[0] != "_"}
         more = sorted(members.intersection(dir(given)).difference(vars(self)))
         allowed = f"an instance of training.Task, for its {', '.join(more)} to count"
@@ -101,7 +106,8 @@ class TrainSettings:
     groups: int = 10
     "P, prompts of one iteration; each gets its own group."
     updates: int = 1
-    "Optimizer steps on each rollout. From the second on, the ratio leaves 1 and the clip acts."
+    """Optimizer steps on each rollout. From the second on, the ratio leaves 1 and the clip
+    acts."""
     lr: float = 1e-3
     "Learning rate of AdamW, > 0."
     lr_decay: int = 0
@@ -109,17 +115,21 @@ class TrainSettings:
     weight_decay: float = 0.0
     "Of AdamW, >= 0."
     kl_weight: float = 0.0
-    "Weight of a penalty that keeps the policy near its reference; an evaluation per trained state."
+    """Weight of a penalty that keeps the policy near its reference; an evaluation per
+    trained state."""
     hold_weight: float = 0.0
     "Weight of a penalty that holds the other steps; one more state per trained candidate."
     micro_batch: int = 0
-    "Trained states that go through the network at once; 0: all. Changes memory, not the result."
+    """Trained states that go through the network at once; 0: all. Changes memory, not the
+    result."""
     max_grad_norm: float = 1.0
     "The gradient is scaled down to this norm where it is longer."
     ema: float = 0.0
-    "Decay in [0, 1) of an average of the weights, which is then evaluated and sampled; 0: none."
+    """Decay in [0, 1) of an average of the weights, which is then evaluated and sampled; 0:
+    none."""
     collector: Literal["policy", "average"] = "policy"
-    "Whose weights roll out: the policy's own, or their average (DiffusionNFT), for ema > 0."
+    """Whose weights roll out: the policy's own, or their average (DiffusionNFT), for
+    ema > 0."""
     shuffle: bool = False
     "Shuffle the advantages within each group: a control that must not learn."
     seed: int = 0
@@ -133,7 +143,8 @@ class TrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("iterations", "groups", "updates", "eval_every", "checkpoint_every", "keep"):
+        for name in ("iterations", "groups", "updates", "eval_every", "checkpoint_every",
+                     "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("lr", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
@@ -184,8 +195,10 @@ def score(
     "Rewards of all candidates, checked."
     groups, count = samples.shape[:2]
     expected = (groups * count,)
-    rewards = as_numbers(task.reward(samples.flatten(0, 1), prompts.repeat_interleave(count)))
-    good = rewards.shape == expected or rewards.shape[:-1] == expected and rewards.shape[-1] > 1
+    rewards = as_numbers(task.reward(samples.flatten(0, 1),
+                                     prompts.repeat_interleave(count)))
+    several = rewards.shape[:-1] == expected and rewards.shape[-1] > 1
+    good = rewards.shape == expected or several
     allowed = f"of shape {expected}, one a sample, or {expected} x R > 1"
     require(good, "rewards", f"shape {tuple(rewards.shape)}", allowed)
     rewards = rewards.detach().cpu().unflatten(0, (groups, count))
@@ -208,7 +221,7 @@ class Penalty:
 
     def at_trained(self, policy: Watched, reference: Velocity,
                    weights: Tensor | float) -> Tensor | float:
-        "What a micro-batch of trained states, just seen by the policy, adds to the loss: a sum."
+        "What a micro-batch of trained states, just seen by the policy, adds to the loss."
         return 0.0
 
     def choose(self, algorithm: Algorithm, rollout: Rollout, trained: States,
@@ -231,17 +244,18 @@ def squared_distance(
     inputs: tuple,  # where `v` was taken
     weights: Tensor | float = 1.0,  # (M,) of the states
 ) -> Tensor:  # a scalar
-    "Mean squared distance of two velocities, summed over states; the second has no gradient."
+    "Mean squared distance of two velocities, summed over states; the second is a constant."
     with torch.no_grad(): other = velocity(*inputs)
     return (weights * (v - other).square().flatten(1).mean(1)).sum()
 
 
 @dataclass(frozen=True)
 class VelocityPenalty(Penalty):
-    "Keeps the policy near the reference at the trained states; one more evaluation for each."
+    "Keeps the policy near the reference at trained states; one more evaluation for each."
     weight: float
 
-    def at_trained(self, policy: Watched, reference: Velocity, weights: Tensor | float) -> Tensor:
+    def at_trained(self, policy: Watched, reference: Velocity,
+                   weights: Tensor | float) -> Tensor:
         return self.weight * squared_distance(policy.v, reference, policy.inputs, weights)
 
     def evaluations(self, algorithm: Algorithm) -> tuple[float, float]:
@@ -250,12 +264,12 @@ class VelocityPenalty(Penalty):
 
 @dataclass(frozen=True)
 class HoldPenalty(Penalty):
-    "Holds the policy at steps that are not trained; one more state for each trained candidate."
+    "Holds the policy at untrained steps; one more state for each trained candidate."
     weight: float
 
     def choose(self, algorithm: Algorithm, rollout: Rollout, trained: States,
                generator: Generators) -> States:
-        assert isinstance(algorithm, StepAlgorithm)  # only those have steps that are never trained
+        assert isinstance(algorithm, StepAlgorithm)  # only those have untrained steps
         groups, steps = rollout.x.shape[1], torch.tensor(algorithm.untrained)
         members = trained.member.cpu().view(groups, -1, algorithm.trained_steps)[..., 0]
         held = steps[sample_subsets(groups, len(steps), 1, generator)]
@@ -265,7 +279,7 @@ class HoldPenalty(Penalty):
         return self.weight * squared_distance(velocity(*inputs), reference, inputs)
 
     def evaluations(self, algorithm: Algorithm) -> tuple[float, float]:
-        assert isinstance(algorithm, StepAlgorithm)  # only those have steps that are never trained
+        assert isinstance(algorithm, StepAlgorithm)  # only those have untrained steps
         more = algorithm.nfe_theta / algorithm.trained_steps
         return more, more
 
@@ -274,7 +288,7 @@ def evaluations(
     algorithm: Algorithm,
     penalties: Sequence[Penalty] = (),
 ) -> tuple[float, float]:  # per sample
-    "Evaluations of one update: with gradient, and without, which are those of the reference."
+    "Evaluations of one update: with gradient, and without (those of the reference)."
     more = [penalty.evaluations(algorithm) for penalty in penalties]
     trained, asked = (sum(values) for values in zip(*more)) if more else (0, 0)
     return algorithm.nfe_theta + trained, asked
@@ -317,7 +331,7 @@ def check_run(
 
 # %% ../nbs/training.ipynb #49ef38ad
 class Run:
-    "What a training remembers, in memory, in one process. `Trainer` adds a folder and processes."
+    "What a training remembers, in one process. `Trainer` adds a folder and processes."
     rank: int = 0
     "Number of this process."
     average: AveragedModel | None = None
@@ -325,10 +339,13 @@ class Run:
     reference: nn.Module | None = None
     "What the penalties compare with, if there are any."
 
-    def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings()):
-        require(isinstance(algorithm, Algorithm), "algorithm", algorithm, "an `Algorithm`, made")
+    def __init__(self, task: Task, algorithm: Algorithm,
+                 settings: TrainSettings = TrainSettings()):
+        made = isinstance(algorithm, Algorithm)
+        require(made, "algorithm", algorithm, "an `Algorithm`, made")
         self.task = task if isinstance(task, Task) else Plain(task)
-        self.settings, self.policy, self.penalties = settings, task.policy, penalties_of(settings)
+        self.settings, self.policy = settings, task.policy
+        self.penalties = penalties_of(settings)
         self.algorithm = algorithm.fitted(self.task.shift)
         check_run(self.task, algorithm, settings)
         self.groups = list(range(settings.groups))  # those of this process
@@ -336,17 +353,20 @@ class Run:
             average = get_ema_multi_avg_fn(settings.ema)
             self.average = AveragedModel(self.policy, multi_avg_fn=average)
             self.average.n_averaged += 1  # counts the first weights as the average's start
-        self.iteration, self.moved, self.rows, self.evals, self.memory = 0, False, [], [], {}
+        self.iteration, self.moved = 0, False
+        self.rows, self.evals, self.memory = [], [], {}
         self.prepare()
 
     def prepare(self) -> None:
         "Make reference and optimizer."
-        if self.penalties: self.reference = self.task.reference().requires_grad_(False).eval()
+        if self.penalties:
+            self.reference = self.task.reference().requires_grad_(False).eval()
         self.make_optimizer()
 
     def make_optimizer(self) -> None:
         "AdamW over the weights that are trained."
-        s, self.trained = self.settings, [p for p in self.policy.parameters() if p.requires_grad]
+        s = self.settings
+        self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         fused = self.trained[0].device.type in ("cpu", "cuda")
         more = dict(weight_decay=s.weight_decay, fused=fused)
         self.optimizer = torch.optim.AdamW(self.trained, s.lr, **more)
@@ -425,10 +445,11 @@ def retrace(
     trained: States,
     micro_batch: int,  # states at once, as in training
 ) -> Rollout:
-    "The rollout with its velocities at trained states computed again, in training's batches."
+    "The rollout, its velocities at trained states computed again in training's batches."
     v = rollout.v.clone()
     for states in trained.split(micro_batch):
-        again = velocity(*states.inputs(rollout)).detach()  # with a gradient: kernels differ
+        # with a gradient, because without one other kernels may run
+        again = velocity(*states.inputs(rollout)).detach()
         if rollout.replayed is not None:
             old = per_state(states.of_candidates(rollout.replayed), again)
             again = torch.where(old, states.select(v), again)
@@ -454,7 +475,7 @@ def plan(
     rollout: Rollout,
     generators: list,  # one for each group
 ) -> list[Update]:
-    "The updates on one rollout. Where the policy is coarse, old velocities are computed again."
+    "The updates on one rollout. For a coarse policy, old velocities are computed again."
     algorithm, s, updates = run.algorithm, run.settings, []
     coarse = run.task.coarse and algorithm.has_ratio
     exact = run.collector is run.policy and all(run.gather(rollout.replayed is None))
@@ -486,14 +507,16 @@ def learn(
     run.optimizer.zero_grad()
     for states in update.trained.split(size):
         policy = Watched(run.policy)
-        loss = algorithm.loss(policy, old, states, advantages, update.on_policy, stats.surrogate)
+        loss = algorithm.loss(policy, old, states, advantages, update.on_policy,
+                              stats.surrogate)
         for penalty in run.penalties:
             weights = algorithm.distance_weights(old, states)
             loss = loss + penalty.at_trained(policy, reference, weights)
         backward(loss / len(update.trained))
     for penalty, chosen in zip(run.penalties, update.others):
         for states in chosen.split(size):
-            backward(penalty.at_chosen(run.policy, reference, states.inputs(old)) / len(chosen))
+            loss = penalty.at_chosen(run.policy, reference, states.inputs(old))
+            backward(loss / len(chosen))
     return run.descend()
 
 
@@ -502,7 +525,8 @@ def iterate(
 ) -> dict:  # a row of metrics
     "One iteration: collect, credit, update."
     task, algorithm, s, begin = run.task, run.algorithm, run.settings, time.perf_counter()
-    torch.manual_seed(seeded(s.seed, GLOBAL_KEY, run.iteration, run.rank).initial_seed())  # dropout
+    dropout = seeded(s.seed, GLOBAL_KEY, run.iteration, run.rank)
+    torch.manual_seed(dropout.initial_seed())
     generators = [seeded(s.seed, GROUP_KEY, run.iteration, group) for group in run.groups]
     prompts = choose_prompts(task.prompts, s.groups, s.seed, run.iteration)[run.groups]
     noise = randn((len(prompts), *task.shape), generators, run.trained[0].device)
@@ -511,7 +535,8 @@ def iterate(
     reward = lambda samples: reported(score(task, samples, prompts), task.reward_weights)
     start = algorithm.starts(noise, algorithm.group_size, generators)
     with torch.no_grad():
-        rollout = algorithm.follow(run.collector, start, cond, generators, run.iteration, reward)
+        rollout = algorithm.follow(run.collector, start, cond, generators, run.iteration,
+                                   reward)
     fresh = score(task, rollout.samples, prompts)
     old, rewards, news = algorithm.recall(rollout, fresh, prompts, run.memory, generators)
     updates, stats = plan(run, old, generators), SurrogateStats()
@@ -533,7 +558,8 @@ def metrics(
     "A row of metrics, of all processes."
     everyone = torch.cat(run.gather(reported(rewards, run.task.reward_weights)))
     again = sum(len(update.trained) for update in updates if update.again)
-    shares, (trained, _) = run.gather(rollout.nfe), evaluations(run.algorithm, run.penalties)
+    shares = run.gather(rollout.nfe)
+    trained, _ = evaluations(run.algorithm, run.penalties)
     return dict(iteration=run.iteration + 1, reward_mean=everyone.mean().item(),
                 reward_std=everyone.std(1, correction=0).mean().item(),
                 nfe_old=sum(shares) / len(shares) + again / rollout.x.shape[1:3].numel(),
