@@ -4,9 +4,9 @@ import ast
 import json
 import re
 
-import count_words
 import pytest
 
+import count_words
 import neighbor_grpo
 import pages
 
@@ -81,9 +81,7 @@ def test_every_core_page_has_one_exercise():
 
 def printed(cell):
     "All text that a cell left."
-    return " ".join(
-        [*(out.get("text", "") for out in cell["outputs"]), *(json.dumps(o["data"]) for o in cell["outputs"])]
-    )
+    return " ".join(out.get("text", "") + json.dumps(out["data"]) for out in cell["outputs"])
 
 
 # --- words before use ---
@@ -155,9 +153,8 @@ def imported(source):
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("neighbor_grpo."):
             yield node.module.removeprefix("neighbor_grpo.")
         elif isinstance(node, ast.Import):
-            yield from (
-                a.name.removeprefix("neighbor_grpo.") for a in node.names if a.name.startswith("neighbor_grpo.")
-            )
+            names = (alias.name for alias in node.names)
+            yield from (name.removeprefix("neighbor_grpo.") for name in names if name.startswith("neighbor_grpo."))
 
 
 def test_what_is_imported():

@@ -39,9 +39,13 @@ def count_pages(root=text.ROOT):
 
 
 def words_before(page, found, root=text.ROOT):
-    "Words on the way from the landing page through the core to the first cell of `page` of which `found(cell)` holds."
-    nbs, words = Path(root) / "nbs", 0
-    for name in ["index.ipynb", *text.CORE]:
+    """Words on the way to the first cell of a core page of which `found(cell)` holds: the landing page and the core
+    before it. To the first core page, the landing page counts as far as its link there."""
+    nbs = Path(root) / "nbs"
+    landing = text.read_notebook(nbs / "index.ipynb")["cells"]
+    link = next(number for number, cell in enumerate(landing) if f"]({text.CORE[0]})" in cell["source"])
+    words = words_of(landing[: link + 1] if page == text.CORE[0] else landing)
+    for name in text.CORE:
         cells = text.read_notebook(nbs / name)["cells"]
         if name == page:
             place = next((number for number, cell in enumerate(cells) if found(cell)), None)
@@ -57,9 +61,10 @@ def trains(cell):
 
 
 def shows_aligned_images(cell):
-    "Does a cell show a picture whose description says that it was drawn after training?"
-    alt = text.directives(cell["source"]).get("fig-alt", "") if cell["cell_type"] == "code" else ""
-    return bool(re.search(r"\bafter\b", alt, re.IGNORECASE))
+    "Does a cell show a picture of samples in the course of training, or after it?"
+    options = text.directives(cell["source"]) if cell["cell_type"] == "code" else {}
+    words = options.get("fig-alt", "") + options.get("fig-cap", "")
+    return bool(re.search(r"\bsamples (after|over)\b", words, re.IGNORECASE))
 
 
 def summary(root=text.ROOT):
