@@ -177,15 +177,21 @@ def browsing():
 
 
 def open_page(browser, address, width=1440, theme="light", height=900):
-    "A tab of this width and theme at an address, with all equations set; requests to other hosts go to `tab.refused`."
+    "A tab at an address, all equations set. `refused` holds its requests to other hosts, `messages` its errors."
     tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=theme)
-    tab.refused = []
+    tab.refused, tab.messages = [], []
 
-    def route(request):
-        tab.refused.append(request.request.url)
-        request.abort()
+    def refuse(route):
+        tab.refused.append(route.request.url)
+        route.abort()
 
-    tab.route(lambda url: not url.startswith(("http://127.0.0.1:", "data:", "blob:")), route)
+    def note(message):
+        if message.type in ("error", "warning") and not any(url in message.location["url"] for url in tab.refused):
+            tab.messages.append(f"{message.text} {message.location['url']}")
+
+    tab.route(lambda url: not url.startswith(("http://127.0.0.1:", "data:", "blob:")), refuse)
+    tab.on("console", note)
+    tab.on("pageerror", lambda error: tab.messages.append(str(error)))
     tab.goto(address, wait_until="load")
     tab.evaluate("document.fonts.ready")
     return tab
