@@ -93,7 +93,7 @@ def one_cycle(
 
 # %% ../nbs/toyflows.ipynb #2a2de7b5
 class Progress(Protocol):
-    "What a training is handed to survive a kill, such as `runs.trainer.Snapshot`."
+    "What a training is handed to survive a kill, such as `runs.state.Snapshot`."
     def restore(self, **parts: object) -> int: ...
     def save(self, done: int, now: bool = False, **parts: object) -> None: ...
 
