@@ -302,7 +302,7 @@ class Algorithm:
     def losses(self, velocity: Velocity, rollout: Rollout, advantages: Tensor,
                generator: Generators = None, on_policy: bool = False,
                surrogate: Surrogate = surrogate, micro_batch: int = 0) -> Iterator[Tensor]:
-        "The loss of one update: scalars to call `backward()` on, one for each micro-batch."
+        "The loss of one update: scalars to call `backward()` on, one for a micro-batch."
         groups = tuple(rollout.x.shape[1:3])
         found = f"shape {tuple(advantages.shape)}"
         fits, allowed = advantages.shape == groups, f"of shape (P, G) = {groups}"
@@ -337,7 +337,7 @@ class StepAlgorithm(Algorithm):
     "K, steps trained for each trained candidate."
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
-        "`(T+1[, P])` -> (S[, P]) each: how far the velocity moves a step's mean; its noise."
+        "`(T+1[, P])` -> (S[, P]) each: how far the velocity moves a step's mean; noise."
         return ts[:-1] - ts[1:], torch.ones_like(ts[:-1])
 
     def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor,
