@@ -14,8 +14,8 @@ from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
 from .gaussian import DanceGRPO, FlowGRPO
 from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
-from .modifiers import (ChunkedRatios, GuardedRatios, Modifier, Previews,
-                                            ShapedAdvantages, TimeWeights, base)
+from .modifiers import (ChunkedRatios, GuardedRatios, Modifier,
+                                            Previews, ShapedAdvantages, TimeWeights, base)
 from .trajectories import OPGRPO, TMPO, Replay
 from ..rollouts import Algorithm
 
@@ -85,7 +85,8 @@ def make(
     require(name in ALGORITHMS, "name", name, f"one of {', '.join(ALGORITHMS)}")
     kind, along = ALGORITHMS[name], BROUGHT_ALONG.get(name, {})
     own = {f.name for f in fields(kind)}
-    check_known(settings, own.union(f.name for m in along for f in own_fields(MODIFIERS[m])), name)
+    more = {f.name for modifier in along for f in own_fields(MODIFIERS[modifier])}
+    check_known(settings, own | more, name)
     algorithm = kind(**{key: value for key, value in settings.items() if key in own})
     theirs = {key: value for values in along.values() for key, value in values.items()}
     theirs |= {key: value for key, value in settings.items() if key not in own}
