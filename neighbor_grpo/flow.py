@@ -31,7 +31,7 @@ def require(
     if value is None: raise ValueError(f"{name} is needed: {allowed}")
     raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
-
+# %% ../nbs/flow.ipynb #347f48df
 def expand_time(
     t: float | Tensor,  # one time for all, or (N,)
     x: Tensor,  # (N, *shape), what the time shall multiply
@@ -52,7 +52,7 @@ def interpolate(
     t = expand_time(t, x0)
     return (1 - t) * x0 + t * noise
 
-
+# %% ../nbs/flow.ipynb #b884571e
 def velocity_target(
     x0: Tensor,  # (N, *shape) data
     noise: Tensor,  # (N, *shape) standard normal
@@ -69,7 +69,7 @@ def denoised(
     "The data that a straight line along `v` ends at: `x0_hat = x - t v`."
     return x - expand_time(t, x) * v
 
-
+# %% ../nbs/flow.ipynb #f7838df9
 def implied_noise(
     x: Tensor,  # (N, *shape) state
     v: Tensor,  # (N, *shape) velocity
@@ -112,7 +112,7 @@ def seeded(
     state = np.random.SeedSequence(seed, spawn_key=keys).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
-
+# %% ../nbs/flow.ipynb #266a60a7
 def randn(
     shape: Sequence[int],  # shape[0] rows
     generator: Generators = None,  # one, or a list: each draws an equal share of the rows

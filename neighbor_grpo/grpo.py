@@ -30,7 +30,7 @@ def check_rewards(
     require(len(bad) == 0, "rewards", found, "finite")
     return rewards
 
-
+# %% ../nbs/grpo.ipynb #e5658c2f
 def in_units(
     rewards: Tensor,  # (P, G)
     batch: bool = False,  # one unit for all groups; otherwise each has its own
@@ -43,7 +43,7 @@ def in_units(
     rewards = torch.ldexp(rewards, -exponent)  # exact
     return rewards - rewards[:, :1], unit  # a group of equal rewards becomes exactly zero
 
-
+# %% ../nbs/grpo.ipynb #7617cb6f
 def group_advantages(
     rewards: Tensor,  # (P, G)
     eps: float = 1e-6,  # added to the standard deviation, > 0; relative to small rewards
@@ -83,7 +83,7 @@ def combine_rewards(
     prepare = group_advantages if standardise else check_rewards
     return sum(w * prepare(r) for w, r in zip(weights, rewards, strict=True))
 
-
+# %% ../nbs/grpo.ipynb #c7ce04af
 def standardized(
     rewards: Tensor,  # (P, G), or (P, G, R) for several rewards
     weights: Sequence[float] | None = None,  # of several rewards; None: equal, summing to 1
@@ -105,7 +105,7 @@ def surrogate(
     "The clipped surrogate of a micro-batch, summed."
     return clipped_surrogate(log_prob, old_log_prob, weight * advantages, clip_range).sum()
 
-
+# %% ../nbs/grpo.ipynb #c268d392
 @dataclass
 class SurrogateStats:
     "What the surrogate saw during one iteration, for the metrics."
@@ -146,7 +146,7 @@ class SurrogateStats:
                 "clip_fraction": of(self.clipped, torch.mean),
                 "entropy": of(self.entropy, torch.mean)}
 
-
+# %% ../nbs/grpo.ipynb #a085cebd
 def merged(
     everyone: Sequence[SurrogateStats],  # of all processes
 ) -> SurrogateStats:

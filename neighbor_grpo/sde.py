@@ -49,7 +49,7 @@ def flow_sde(
     mean = x * (1 + g**2 / (2 * t) * dt) + v * (1 + g**2 * (1 - t) / (2 * t)) * dt
     return mean, g * (-dt).sqrt()
 
-
+# %% ../nbs/sde.ipynb #8d412597
 def dance_sde(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -65,7 +65,7 @@ def dance_sde(
     score = -(x - (1 - t) * x0) / t**2
     return x + v * dt - eta**2 / 2 * score * dt, eta * (-dt).sqrt()
 
-
+# %% ../nbs/sde.ipynb #9e2ff12c
 def cps(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there

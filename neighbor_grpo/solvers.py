@@ -27,7 +27,7 @@ class Trajectory:
     nfe: float
     "Velocity evaluations per sample."
 
-
+# %% ../nbs/solvers.ipynb #470ab7d4
 def euler_step(
     x: Tensor,  # (N, *shape) state at t
     v: Tensor,  # (N, *shape) velocity there
@@ -37,7 +37,7 @@ def euler_step(
     "Follow the tangent: `x + (t_next - t) v`. First order; DDIM for rectified flows."
     return x + (expand_time(t_next, x) - expand_time(t, x)) * v
 
-
+# %% ../nbs/solvers.ipynb #14a5a589
 def check_grid(
     ts: Tensor,  # (T+1,)
 ) -> Tensor:  # the same

@@ -49,7 +49,7 @@ class TimeEmbedding(nn.Module):
         waves = torch.cat([angles.sin(), angles.cos()], -1)
         return self.net(waves.to(self.net[0].weight.dtype))
 
-
+# %% ../nbs/toyflows.ipynb #ad525936
 class VelocityMLP(nn.Module):
     "A velocity for points: `x` and an embedded `t` through wide layers. Ignores `cond`."
     def __init__(self, dim: int = 2,  # of one point
@@ -97,7 +97,7 @@ class Progress(Protocol):
     def restore(self, **parts: object) -> int: ...
     def save(self, done: int, now: bool = False, **parts: object) -> None: ...
 
-
+# %% ../nbs/toyflows.ipynb #3345789e
 def train_flow(
     network: nn.Module,  # the velocity, trained in place
     batch: Callable[[torch.Generator], tuple[Tensor, object]],  # draws (x0, cond)
