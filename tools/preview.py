@@ -1,6 +1,6 @@
 """Look at the site without Quarto: stage, render with smalldocs, then serve it or take pictures of pages.
 
-    python tools/preview.py                                      # the whole site at http://127.0.0.1:4200
+    python tools/preview.py                                      # the whole site, served on port 4200
     python tools/preview.py method lab/compare                   # pictures of two pages, in _docs/pictures/
     python tools/preview.py method --width 390 --theme dark      # as a telephone in the dark shows it
     python tools/preview.py method --at one-leaping-step         # what a screen shows from this heading on
