@@ -80,18 +80,24 @@ function inBox(element) {
   return boxes.some((node) => getComputedStyle(node).overflowX !== "visible");
 }
 
+// Where each text that stands in the element itself ends. What has a scroll bar may hold longer ones.
+function ownText(element) {
+  if (getComputedStyle(element).overflowX !== "visible") return [];
+  const texts = [...element.childNodes].filter((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+  return texts.map((node) => {
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    return range.getBoundingClientRect().right;
+  });
+}
+
 // What makes a reader slide the page sideways, or is cut off at its edge.
 function tooWide() {
   const edge = document.documentElement.clientWidth + 1;
   const found = [];
   if (document.documentElement.scrollWidth > edge) found.push(`the page, ${document.documentElement.scrollWidth} px`);
   for (const element of document.querySelectorAll("main *")) {
-    const words = document.createRange();
-    words.selectNodeContents(element);
-    // What an element with a scroll bar of its own holds may be wider than it, but not the element.
-    const scrolls = getComputedStyle(element).overflowX !== "visible";
-    const inner = scrolls ? 0 : words.getBoundingClientRect().right;
-    const right = Math.max(element.getBoundingClientRect().right, inner);
+    const right = Math.max(element.getBoundingClientRect().right, ...ownText(element));
     if (right > edge && !inBox(element) && !element.closest(HIDDEN)) {
       found.push(`${Math.round(right)} px: ${name(element)}`);
     }
