@@ -42,7 +42,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import (ArgumentParser, DefaultHelpFormatter, Namespace,
+                          set_parsing_settings)
 from torch import nn
 
 from . import __version__
@@ -53,10 +54,10 @@ from .rivals.mixed import MixGRPO
 from .rivals.catalogue import (ALGORITHMS, BROUGHT_ALONG, MODIFIERS, modified,
                                             own_fields)
 from .runs.machine import choose_device
-from .runs.plugins import (check_plugins, give_plugins, load_installed, plugin_options,
-                                        remembered)
-from .runs.folder import (Checkpoints, new_folder, open_run, read_config, read_rows,
-                                       world, write_atomically)
+from .runs.plugins import (check_plugins, give_plugins, load_installed,
+                                        plugin_options, remembered)
+from .runs.folder import (Checkpoints, new_folder, open_run, read_config,
+                                       read_rows, world, write_atomically)
 from .runs.pictures import plot_run
 from .runs.state import load_trained
 from .runs.trainer import Trainer, run_config
@@ -67,7 +68,7 @@ from .training import Task, TrainSettings
 class Entry(NamedTuple):
     "A task of the command line."
     task: type | str
-    "A class, made as `(settings, folder, seed, progress)`; or its place here, as MODULE.NAME."
+    "A class, made as `(settings, folder, seed, progress)`; or its place, as MODULE.NAME."
     settings: type | str
     "The dataclass of its settings, likewise."
     about: str
@@ -82,14 +83,15 @@ TASKS: dict[str, Entry] = {
     "toy": Entry("tasks.toy2d.ToyTask", "tasks.toy2d.ToySettings",
                  "eight clusters of points in the plane; seconds on a CPU"),
     "scenes": Entry("models.miniature.ScenesTask", "models.miniature.ScenesSettings",
-                    "colored shapes as captions ask for them, by a small Stable Diffusion 3; "
-                    "on a CPU"),
+                    "colored shapes as captions ask for them, by a small "
+                    "Stable Diffusion 3; on a CPU"),
     "sd3": Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings",
-                 "any Stable Diffusion 3; needs --source, and mostly a GPU", dict(family="sd3")),
+                 "any Stable Diffusion 3; needs --source, and mostly a GPU",
+                 dict(family="sd3")),
     "flux": Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings",
                   "any FLUX.1; needs --source, and mostly a GPU", dict(family="flux"))}
-LARGE = dict(iterations=300, groups=8, lr=1e-4, ema=0.9, eval_every=25, shift=None, lora_rank=32,
-             lora_alpha=64, precision="bfloat16", batch=24)
+LARGE = dict(iterations=300, groups=8, lr=1e-4, ema=0.9, eval_every=25, shift=None,
+             lora_rank=32, lora_alpha=64, precision="bfloat16", batch=24)
 SCHEDULER = dict(grid="scheduler")  # as the authors' code for Stable Diffusion 3 has it
 DEFAULTS: dict[str | tuple[str, str], dict] = {
     "digits": dict(iterations=60, lr=2e-4, kl_weight=0.02, ema=0.9),
@@ -99,7 +101,8 @@ DEFAULTS: dict[str | tuple[str, str], dict] = {
                                  hold_weight=0.03),
     "sd3": LARGE | dict(guidance_scale=4.5, train_guidance_scale=4.5),
     **{("sd3", name): SCHEDULER for name in ("flow", "tempflow", "nft", "op")},
-    "flux": LARGE | dict(guidance_scale=3.5, train_guidance_scale=3.5, max_sequence_length=512)}
+    "flux": LARGE | dict(guidance_scale=3.5, train_guidance_scale=3.5,
+                         max_sequence_length=512)}
 
 def class_at(
     place: type | str,  # itself, or MODULE.NAME in this package
@@ -112,7 +115,7 @@ def class_at(
 
 def task_classes(
     task: str,  # a key of TASKS
-) -> tuple[Callable[..., Task], type]:  # what makes the task, and the dataclass of its settings
+) -> tuple[Callable[..., Task], type]:  # what makes the task, the dataclass of its settings
     "A task's classes."
     make, settings, _, options = TASKS[task]
     make = class_at(make)
@@ -134,8 +137,9 @@ MEANT = {
     "batch_size": "--groups (prompts of an iteration) or --micro_batch (states at once)",
     "learning_rate": "--lr", "epochs": "--iterations", "max_train_steps": "--iterations",
     "output_dir": "--out", "resolution": "--height and --width", "model": "--source",
-    "pretrained_model_name_or_path": "--source", "dataset": "--prompts", "report_to": "--trackers",
-    "num_generations": "--group_size", "num_inference_steps": "--steps", "beta": "--kl_weight",
+    "pretrained_model_name_or_path": "--source", "dataset": "--prompts",
+    "report_to": "--trackers", "beta": "--kl_weight",
+    "num_generations": "--group_size", "num_inference_steps": "--steps",
     "rank": "--lora_rank", "train_step": "--leap_from", "old_anchor": "--leap_from"}
 MEANT |= {name: f"--with {name}" for name in MODIFIERS}
 for modifier, kind in MODIFIERS.items():
@@ -146,12 +150,13 @@ def require_plain(
 ) -> None:
     "Refuse what YAML would unfold without end."
     flat = max(text.count("["), text.count("{")) <= 20
-    plain = flat and len(text) <= 10_000 and not re.search(r"&(\w+).*\*\1\b", text, re.DOTALL)
-    require(plain, "a value", text[:40], "at most 10,000 letters, without deep nesting or aliases")
+    aliases = re.search(r"&(\w+).*\*\1\b", text, re.DOTALL)
+    allowed = "at most 10,000 letters, without deep nesting or aliases"
+    require(flat and len(text) <= 10_000 and not aliases, "a value", text[:40], allowed)
 
 
 class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    "For each setting what kind of value it takes, what it means, and its default where it has one."
+    "For each setting the kind of its value, what it means, and its default if it has one."
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         letters = {int: "N", float: "X", str: "TEXT"}
         other = super()._get_default_metavar_for_optional(action)
@@ -165,7 +170,7 @@ class Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    "Says in one line what is wrong, takes no abbreviations, suggests what may have been meant."
+    "Says in one line what is wrong, takes no abbreviations, suggests what may be meant."
     def __init__(self, common: Iterable[str] = (),  # names that `--help` shows; none: all
                  **options):
         super().__init__(allow_abbrev=False, formatter_class=Help, **options)
@@ -178,7 +183,8 @@ class Parser(ArgumentParser):
         name, equal, value = word.partition("=")
         under = "--" + name[2:].replace("-", "_")
         if not word.startswith("--") or under not in self._option_string_actions:
-            if word.startswith("--") and "." in name: self.error(f"unrecognized arguments: {word}")
+            if word.startswith("--") and "." in name:
+                self.error(f"unrecognized arguments: {word}")
             return word
         return under + equal + value
 
@@ -195,7 +201,7 @@ class Parser(ArgumentParser):
         return super().parse_args(words, **options)
 
     def start_from(self, values: dict, source: str) -> None:
-        "Values of a file become the defaults, each checked like a value of the command line."
+        "Values of a file become the defaults, each checked as on the command line."
         texts = [value for value in values.values() if isinstance(value, str)]
         try:
             for text in texts: require_plain(text)
@@ -207,8 +213,10 @@ class Parser(ArgumentParser):
         "What an unknown option may have meant, or where to look."
         known = {option.lstrip("-") for option in self._option_string_actions}
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        longer = [option for option in sorted(known) if len(name) > 2 and option.startswith(name)]
-        near = [f"--{match}" for match in longer or difflib.get_close_matches(name, known, 1, 0.7)]
+        begun = [option for option in sorted(known) if option.startswith(name)]
+        longer = begun if len(name) > 2 else []
+        matches = longer or difflib.get_close_matches(name, known, 1, 0.7)
+        near = [f"--{match}" for match in matches]
         other = MEANT.get(name, "")
         if known & {*re.findall(r"--(\w+)", other)}: near = [other]
         return f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help all"
@@ -219,12 +227,15 @@ class Parser(ArgumentParser):
         kind_and_value = r'key "(\w+)"(?: element \d+)?: Expected a (.*)\. Got value:(.*)'
         if wrong := re.search(kind_and_value, message):
             kind = re.sub(r"<class '(\w+)'>", r"of type \1", wrong[2])
-            kind, value = kind.replace("typing.Literal[", "one of ").rstrip("]"), wrong[3].strip()
-            require(False, f"--{wrong[1]}", "null" if value == "None" else value[:200], kind)
-        if wrong := re.search(r'key "(\w+)": Does not validate .* Given value: (.*)', message):
+            kind = kind.replace("typing.Literal[", "one of ").rstrip("]")
+            value = wrong[3].strip()
+            value = "null" if value == "None" else value[:200]
+            require(False, f"--{wrong[1]}", value, kind)
+        neither = r'key "(\w+)": Does not validate .* Given value: (.*)'
+        if wrong := re.search(neither, message):
             kinds = re.findall(r"Expected a <class '(\w+)'>", message)
-            allowed = " or ".join("null" if k == "NoneType" else f"of type {k}" for k in kinds)
-            require(False, f"--{wrong[1]}", wrong[2][:200], allowed)
+            named = ["null" if kind == "NoneType" else f"of type {kind}" for kind in kinds]
+            require(False, f"--{wrong[1]}", wrong[2][:200], " or ".join(named))
         if wrong := re.search(r'key "(\w+)": (.*) not among choices \[(.*)\]', message):
             require(False, f"--{wrong[1]}", wrong[2].strip("'"), f"one of {wrong[3]}")
         if wrong := re.search(r"argument (\S+): ignored explicit argument (.*)", message):
@@ -259,7 +270,8 @@ def settings_of(
 ) -> dict[str, type]:  # dataclasses by title
     "Where the settings of a run come from."
     around = {f"modifier {name}": MODIFIERS[name] for name in modifiers}
-    return {f"task {task}": task_classes(task)[1], f"algorithm {algorithm}": ALGORITHMS[algorithm],
+    return {f"task {task}": task_classes(task)[1],
+            f"algorithm {algorithm}": ALGORITHMS[algorithm],
             **around, "loop": TrainSettings}
 
 
@@ -274,8 +286,9 @@ MAX_BYTES, MAX_DEPTH = 1_000_000, 10  # of a file of settings
 
 def recipes() -> dict[str, str]:
     "Names of the recipes of the package, and what each is for, which is its first line."
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.yaml"))}
-    return {name: text.splitlines()[0].strip("# ").split(":")[0] for name, text in texts.items()}
+    paths = sorted(RECIPES.glob("*.yaml"))
+    first = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in paths}
+    return {name: line.strip("# ").split(":")[0] for name, line in first.items()}
 
 
 def require_plain_yaml(
@@ -288,7 +301,8 @@ def require_plain_yaml(
     for event in yaml.parse(text, yaml.SafeLoader):
         start = isinstance(event, yaml.CollectionStartEvent)
         depth += start - isinstance(event, yaml.CollectionEndEvent)
-        where = f"{path}, line {event.start_mark.line + 1}" if event.start_mark else str(path)
+        mark = event.start_mark
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
         tagged = (isinstance(event, (yaml.CollectionStartEvent, yaml.ScalarEvent))
                   and event.tag is not None)
         require(not isinstance(event, yaml.AliasEvent), name, where, "without aliases")
@@ -300,10 +314,11 @@ def read_yaml(
     path: Path,  # YAML, or JSON, which is YAML too; in UTF-8
     name: str,  # of the argument, for the message
 ) -> dict:  # dashes in a name are underscores
-    "A mapping of names to values, without what unfolds: no aliases, no tags, little nesting."
+    "A mapping of names to values, without aliases or tags, and with little nesting."
     require(path.is_file(), name, str(path), "a file")
     size = path.stat().st_size
-    require(size <= MAX_BYTES, name, f"{path} of {size} bytes", f"at most {MAX_BYTES} bytes")
+    found = f"{path} of {size} bytes"
+    require(size <= MAX_BYTES, name, found, f"at most {MAX_BYTES} bytes")
     try:
         text = path.read_text(encoding="utf-8-sig")
         require_plain_yaml(text, path, name)
@@ -311,7 +326,8 @@ def read_yaml(
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(f"{name} {path} is not YAML in UTF-8: {e}") from e
     except ValueError as e:
-        raise ValueError(str(e) if str(e).startswith(name) else f"{name} {path}: {e}") from e
+        ours = str(e).startswith(name)
+        raise ValueError(str(e) if ours else f"{name} {path}: {e}") from e
     named = isinstance(values, dict) and all(isinstance(key, str) for key in values)
     require(named, name, str(path), "a mapping of names to values")
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
@@ -365,27 +381,31 @@ def read_recipe(
     values = {"task": "digits", "algorithm": "neighbor"} | values
     for key, known in dict(task=[*TASKS], algorithm=[*ALGORITHMS]).items():
         allowed = f"one with {key} among {', '.join(known)}"
-        require(values[key] in known, "--recipe", f"{name} with {key} {values[key]!r}", allowed)
+        found = f"{name} with {key} {values[key]!r}"
+        require(values[key] in known, "--recipe", found, allowed)
     around = values.get("with", brought_along(values["algorithm"]))
     if isinstance(around, str): around = around.split()
     values["with"] = check_modifiers(around, "--recipe")
     settings = names_of(values["task"], values["algorithm"], values["with"])
     unknown = values.keys() - settings - {"task", "algorithm", "with"}
-    require(not unknown, "--recipe", f"{name} with {sorted(unknown)}", "one with names of settings")
+    found = f"{name} with {sorted(unknown)}"
+    require(not unknown, "--recipe", found, "one with names of settings")
     return values
 
 # %% ../nbs/launch.ipynb #e3aba0a2
 COMMON = {"algorithm", "with", "out", "recipe", "resume", "quiet", "trackers",
           "iterations", "groups", "lr", "ema", "seed", "kl_weight", "micro_batch",
-          "group_size", "steps", "sigma", "noise_level", "anchors", "target", "reward", "rewarded",
-          "source", "prompts", "rewards", "height", "width", "lora_rank", "guidance_scale"}
+          "group_size", "steps", "sigma", "noise_level", "anchors", "target", "reward",
+          "rewarded", "source", "prompts", "rewards", "height", "width", "lora_rank",
+          "guidance_scale"}
 
 def listed(
     title: str,
     entries: dict[str, str],  # what each is, by name
 ) -> str:  # for a help text
     "A list of names, each with a line."
-    return "\n".join([f"{title}:", *(f"  {name:20}{what}" for name, what in entries.items())])
+    lines = [f"  {name:20}{what}" for name, what in entries.items()]
+    return "\n".join([f"{title}:", *lines])
 
 
 def in_one_line(text: str | None) -> str:
@@ -398,38 +418,46 @@ def overviews() -> list[str]:
     tasks = {name: entry.about for name, entry in TASKS.items()}
     algorithms = {name: in_one_line(cls.__doc__) for name, cls in ALGORITHMS.items()}
     around = {name: in_one_line(cls.__doc__) for name, cls in MODIFIERS.items()}
-    return [listed("tasks", tasks), listed("recipes", recipes()), listed("algorithms", algorithms),
-            listed("modifiers, for --with", around)]
+    return [listed("tasks", tasks), listed("recipes", recipes()),
+            listed("algorithms", algorithms), listed("modifiers, for --with", around)]
 
 
 def train_parser(
     task: str,  # a key of TASKS
     algorithm: str,  # a key of ALGORITHMS
-    modifiers: Sequence[str] | None = None,  # keys of MODIFIERS; None: those that it brings along
-    defaults: dict | None = None,  # by name, before those of the dataclasses; None: of DEFAULTS
+    modifiers: Sequence[str] | None = None,  # keys of MODIFIERS; None: those that it brings
+    defaults: dict | None = None,  # by name, over the dataclasses' own; None: of DEFAULTS
     source: str = "defaults",  # where they stand, for the message
 ) -> Parser:
-    "All settings of a task, an algorithm, its modifiers and the loop, each with its documentation."
+    "All settings of a task, an algorithm, its modifiers and the loop, with documentation."
     modifiers = brought_along(algorithm) if modifiers is None else modifiers
     about = f"Train the task {task} with the algorithm {algorithm}."
     own = {field.name for name in modifiers for field in own_fields(MODIFIERS[name])}
-    parser = Parser(COMMON | own, prog=f"neighbor-grpo train {task}",
-                    usage="neighbor-grpo train [TASK] [--setting value ...] [--plugin FILE.py]",
+    usage = "neighbor-grpo train [TASK] [--setting value ...] [--plugin FILE.py]"
+    parser = Parser(COMMON | own, prog=f"neighbor-grpo train {task}", usage=usage,
                     description=f"{about} Names may be written with dashes or underscores.",
                     epilog="\n\n".join(overviews()))
     add = parser.add_argument
-    add("--algorithm", choices=list(ALGORITHMS), default=algorithm, help="What trains; see below.")
-    add("--with", nargs="*", default=[*modifiers], metavar="NAME", help="Modifiers; see below.")
+    add("--algorithm", choices=list(ALGORITHMS), default=algorithm,
+        help="What trains; see below.")
+    add("--with", nargs="*", default=[*modifiers], metavar="NAME",
+        help="Modifiers; see below.")
     add("--out", metavar="DIR", help="Run folder; without it a new one in runs/.")
-    add("--recipe", metavar="NAME", help="One of those below, a YAML file, or a run's config.json.")
-    add("--resume", action="store_true", help="Continue the run in --out, with its settings.")
-    add("--quiet", action="store_true", help="Show no progress bars, only the figures at the end.")
-    add("--trackers", default="", help="tensorboard, wandb or trackio, or several with commas.")
+    add("--recipe", metavar="NAME",
+        help="One of those below, a YAML file, or a run's config.json.")
+    add("--resume", action="store_true",
+        help="Continue the run in --out, with its settings.")
+    add("--quiet", action="store_true",
+        help="Show no progress bars, only the figures at the end.")
+    add("--trackers", default="",
+        help="tensorboard, wandb or trackio, or several with commas.")
     for title, settings in settings_of(task, algorithm, modifiers).items():
         group = parser.add_argument_group(title, in_one_line(settings.__doc__))
-        inner = {field.name for field in fields(settings) if field not in own_fields(settings)}
+        outer = own_fields(settings)
+        inner = {field.name for field in fields(settings) if field not in outer}
         group.add_class_arguments(settings, as_group=False, skip=inner)
-    parser.start_from(defaults_of(task, algorithm) if defaults is None else defaults, source)
+    if defaults is None: defaults = defaults_of(task, algorithm)
+    parser.start_from(defaults, source)
     return parser
 
 # %% ../nbs/launch.ipynb #af999b23
@@ -470,9 +498,10 @@ def read_early(
 
 def read_command(
     argv: Sequence[str],  # [TASK] [--algorithm NAME] [--setting value ...]
-) -> tuple[str, tuple, Namespace]:  # task name; settings of task, algorithm, loop; all values
+) -> tuple[str, tuple, Namespace]:  # task; settings of task, algorithm, loop; all values
     "What a command line of `train` asks for."
-    task, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    named = bool(argv) and not argv[0].startswith("-")
+    task, argv = (argv[0], argv[1:]) if named else (None, argv)
     known = read_early(argv)
     base, source = read_recipe(known.recipe), f"--recipe {known.recipe}"
     if known.resume:
@@ -481,20 +510,24 @@ def read_command(
     task = task or base.get("task", "digits")
     require(task in TASKS, "task", task, f"one of {', '.join(TASKS)}")
     algorithm = known.algorithm or base.get("algorithm", "neighbor")
-    require(algorithm in ALGORITHMS, "--algorithm", algorithm, f"one of {', '.join(ALGORITHMS)}")
+    allowed = f"one of {', '.join(ALGORITHMS)}"
+    require(algorithm in ALGORITHMS, "--algorithm", algorithm, allowed)
     if base and base["algorithm"] != algorithm:  # its own are not meant for another
         own = {field.name for field in fields(ALGORITHMS[base["algorithm"]])} | {"with"}
         base = {name: value for name, value in base.items() if name not in own}
     given = known.modifiers
     if given is None: given = base.get("with", brought_along(algorithm))
-    modifiers = check_modifiers([name for word in given for name in word.split(",")], "--with")
+    words = [name for word in given for name in word.split(",")]
+    modifiers = check_modifiers(words, "--with")
     names, defaults = names_of(task, algorithm, modifiers), {}
     for theirs in BROUGHT_ALONG.get(algorithm, {}).values(): defaults |= theirs
     defaults |= defaults_of(task, algorithm) | base
     defaults = {name: value for name, value in defaults.items() if name in names}
-    values = train_parser(task, algorithm, modifiers, defaults, source).parse_args(list(argv))
+    parser = train_parser(task, algorithm, modifiers, defaults, source)
+    values = parser.parse_args(list(argv))
     picked = pick_algorithm(algorithm, modifiers, values)
-    return task, (pick(task_classes(task)[1], values), picked, pick(TrainSettings, values)), values
+    settings = pick(task_classes(task)[1], values), picked, pick(TrainSettings, values)
+    return task, settings, values
 
 # %% ../nbs/launch.ipynb #23ec3c16
 FILES = {
@@ -533,10 +566,12 @@ def report(
     further, folder = 2 * settings.iterations, shlex.quote(str(out))
     commands = {f"sample {folder}": "draw samples again",
                 f"evaluate {folder}": "print the held-out figures again"}
-    if pipeline: commands[f"save {folder}"] = "write the weights as plain diffusers opens them"
+    if pipeline:
+        commands[f"save {folder}"] = "write the weights as plain diffusers opens them"
     if further <= settings.lr_decay or not settings.lr_decay:
         commands[f"train --out {folder} --resume --iterations {further}"] = "go on"
-    for line, what in commands.items(): print(f"  neighbor-grpo {line}{plugin_options()}  # {what}")
+    for line, what in commands.items():
+        print(f"  neighbor-grpo {line}{plugin_options()}  # {what}")
 
 # %% ../nbs/launch.ipynb #d5d88bef
 def print_figures(
@@ -586,9 +621,10 @@ def launched(
     out: Path,  # run folder
     values: Namespace,  # of the command line
 ) -> Iterator[tuple]:  # `split` for the trainer, or None; what makes a callback for it
-    "Join the processes that `accelerate launch` or torchrun started, and open the trackers."
+    "Join the processes that `accelerate launch` or torchrun started; open the trackers."
     several = asked_processes() != "1"
-    settings = any(name == "MASTER_ADDR" or name.startswith("ACCELERATE_") for name in os.environ)
+    settings = any(name == "MASTER_ADDR" or name.startswith("ACCELERATE_")
+                   for name in os.environ)
     untracked = lambda trainer: nullcontext()
     if not several and not settings and not values.trackers:
         yield None, untracked
@@ -625,7 +661,8 @@ def train(
     "Pretrain the base flow of a task, train it with an algorithm, and leave a run folder."
     name, (task_settings, algorithm, settings), values = read_command(argv)
     alone, out = asked_processes() == "1", values.out and Path(values.out)
-    allowed = "a folder that all processes know: WORLD_SIZE in the environment announces several"
+    allowed = ("a folder that all processes know: "
+               "WORLD_SIZE in the environment announces several")
     require(values.out is not None or alone, "--out", values.out, allowed)
     new = not out or not out.exists()
     out = out or new_folder(Path("runs") / f"{name}-{values.algorithm}-seed{settings.seed}")
@@ -644,13 +681,15 @@ def train(
             if talk: print(f"Prompts: {task.prompts}. {done}.\n", flush=True)
             with track(trainer) as callback: trainer.run(not values.quiet, callback)
         except KeyboardInterrupt as e:
-            again = f"go on with: neighbor-grpo train --out {out} --resume{plugin_options()}"
-            raise KeyboardInterrupt(f"stopped by {str(e) or 'hand'}; {again}") from None
+            again = f"neighbor-grpo train --out {out} --resume{plugin_options()}"
+            why = f"stopped by {str(e) or 'hand'}; go on with: {again}"
+            raise KeyboardInterrupt(why) from None
         if world()[0] > 0: return
         leave(trainer, out, whole=split is None)
         if talk: report(out, settings, task.saves)
         commands = f"neighbor-grpo sample {out} and neighbor-grpo save {out}"
-        print(f"run folder: {out}" + (f"; its weights were split: {commands}" if split else ""))
+        split_note = f"; its weights were split: {commands}" if split else ""
+        print(f"run folder: {out}{split_note}")
 
 # %% ../nbs/launch.ipynb #34efcc95
 def load_run(
@@ -684,7 +723,7 @@ def run_folder(
 def evaluate(
     argv: Sequence[str],  # DIR
 ) -> None:
-    "Print the held-out figures of a run's newest checkpoint and of its base; write nothing."
+    "Print the held-out figures of a run's newest checkpoint and its base; write nothing."
     task, velocity, state = load_run(run_folder("evaluate", argv))
     policies = {"before": task.base, f"at {state['iteration']}": velocity}
     print_figures({title: task.evaluate(policy) for title, policy in policies.items()})
@@ -693,11 +732,12 @@ def evaluate(
 def sample(
     argv: Sequence[str],  # DIR
 ) -> None:
-    "Draw held-out samples of a run's newest checkpoint and of its base: DIR/samples-ITERATION.png."
+    "Draw samples of a run's newest checkpoint and its base: DIR/samples-ITERATION.png."
     folder = run_folder("sample", argv)
     task, velocity, state = load_run(folder)
     path = folder / f"samples-{state['iteration']:06d}.png"
-    task.draw({"before": task.base, f"after {state['iteration']} iterations": velocity}, path)
+    after = f"after {state['iteration']} iterations"
+    task.draw({"before": task.base, after: velocity}, path)
     print(path)
 
 
@@ -706,7 +746,7 @@ PAPER_MODELS = (NeighborGRPO(), DanceGRPO(), MixGRPO())
 def save(
     argv: Sequence[str],  # DIR
 ) -> None:
-    "Write the weights of a run of a pipeline as plain diffusers opens them: DIR/trained-ITERATION."
+    "Write the weights of a run as plain diffusers opens them: DIR/trained-ITERATION."
     folder = run_folder("save", argv)
     task, velocity, state = load_run(folder)
     require(task.saves, "DIR", str(folder), "the run of a pipeline: sd3, flux or scenes")
@@ -718,24 +758,27 @@ def save(
 def bench_model(
     argv: Sequence[str],  # --model NAME [--setting value ...]
 ) -> None:
-    "Seconds and memory of an iteration at the papers' settings on a large random transformer."
+    "Seconds and memory of an iteration at the papers' settings on a large transformer."
     from neighbor_grpo.lab.benchmark import as_markdown
     cost = importlib.import_module("neighbor_grpo.lab.cost")
     parser = Parser(prog="neighbor-grpo bench", description=bench_model.__doc__)
     add = parser.add_argument
     add("--model", choices=list(cost.MODELS), help="How large a transformer.")
-    add("--size", nargs="+", type=int, default=[512], help="Pixels each way; may be several.")
-    add("--micro_batch", nargs="+", type=int, default=[4], help="States at once; may be several.")
+    add("--size", nargs="+", type=int, default=[512],
+        help="Pixels each way; may be several.")
+    add("--micro_batch", nargs="+", type=int, default=[4],
+        help="States at once; may be several.")
     add("--iterations", type=int, default=3, help="Timed iterations of each algorithm.")
     add("--groups", type=int, default=1, help="P, groups of 12 in an iteration.")
-    add("--device", default="", help="Such as cpu; without it the accelerator if there is one.")
+    add("--device", default="",
+        help="Such as cpu; without it the accelerator if there is one.")
     add("--quiet", action="store_true", help="Show no progress bar.")
     parser.add_class_arguments(cost.PipelineSettings)
     v = parser.parse_args(list(argv))
     settings, rows = pick(cost.PipelineSettings, v), []
     for size, states in itertools.product(v.size, v.micro_batch):
-        measured = cost.measure_model(v.model, PAPER_MODELS, size, size, settings, v.iterations,
-                                      v.groups, states, v.device, not v.quiet)
+        measured = cost.measure_model(v.model, PAPER_MODELS, size, size, settings,
+                                      v.iterations, v.groups, states, v.device, not v.quiet)
         rows += [dict(size=size, micro_batch=states, **row) for row in measured]
     print(as_markdown(rows))
 
@@ -743,27 +786,30 @@ def bench_model(
 def bench(
     argv: Sequence[str],  # [--setting value ...]
 ) -> None:
-    "Seconds per iteration at the papers' settings: of a small network, or of a large --model."
+    "Seconds per iteration at the papers' settings: of a small network or a large --model."
     if any(word.split("=")[0] == "--model" for word in argv): return bench_model(argv)
     from neighbor_grpo.lab.benchmark import CLOCKS, PAPER_SETTINGS, as_markdown, measure
     parser = Parser(prog="neighbor-grpo bench", description=bench.__doc__)
     add = parser.add_argument
-    add("--model", metavar="NAME", help="A large model instead; see bench --model tiny --help.")
-    add("--network", choices=["digits", "toy"], default="digits", help="The U-Net, or the MLP.")
-    add("--clock", choices=list(CLOCKS), default="cpu", help="cpu: processor time, or wall.")
+    add("--model", metavar="NAME",
+        help="A large model instead; see bench --model tiny --help.")
+    add("--network", choices=["digits", "toy"], default="digits",
+        help="The U-Net, or the MLP.")
+    add("--clock", choices=list(CLOCKS), default="cpu",
+        help="cpu: processor time, or wall.")
     add("--iterations", type=int, default=5, help="Timed iterations of each algorithm.")
     add("--groups", type=int, default=20, help="P, groups of 12 in an iteration.")
     add("--micro_batch", type=int, default=160, help="Trained states at once; 0: all.")
     add("--quiet", action="store_true", help="Show no progress bar.")
     v = parser.parse_args(list(argv))
     torch.set_num_threads(1)  # what more threads cost depends on who else uses the cores
-    rows = measure(PAPER_SETTINGS, v.network, v.iterations, v.groups, v.micro_batch, v.clock,
-                   progress=not v.quiet)
+    rows = measure(PAPER_SETTINGS, v.network, v.iterations, v.groups, v.micro_batch,
+                   v.clock, progress=not v.quiet)
     print(as_markdown(rows))
 
 # %% ../nbs/launch.ipynb #48d21fd5
-NOT_HERE = {"--seed", "--iterations", "--algorithm", "--out", "--resume", "--quiet", "--recipe",
-            "--trackers", "--plugin", "--help", "-h"}  # are the comparison's
+NOT_HERE = {"--seed", "--iterations", "--algorithm", "--out", "--resume", "--quiet",
+            "--recipe", "--trackers", "--plugin", "--help", "-h"}  # are the comparison's
 
 def read_variant(
     task: str,  # a key of TASKS
@@ -778,7 +824,8 @@ def read_variant(
     except ValueError as e:
         found = f"{line!r}, {common!r}: {e}"
         raise ValueError(f"{where} must be as a shell reads them, got {found}") from e
-    known, allowed = bool(words) and words[0] in ALGORITHMS, f"with one of {', '.join(ALGORITHMS)}"
+    known = bool(words) and words[0] in ALGORITHMS
+    allowed = f"with one of {', '.join(ALGORITHMS)}"
     require(known, "--variants", line, f"[NAME:] ALGORITHM [--setting value ...] {allowed}")
     name, options = name.strip() if colon else words[0], [*shared, *words[1:]]
     named = bool(re.fullmatch(r"\w[\w .+*-]*", name))
@@ -802,21 +849,28 @@ def study_parser(
     parser = Parser(prog="neighbor-grpo compare", usage=f"neighbor-grpo compare {usage}",
                     description=run_study.__doc__, epilog="\n\n".join(overviews()))
     add = parser.add_argument
-    add("--task", choices=list(TASKS), default="digits", help="May come first, without its name.")
-    add("--variants", nargs="+", type=str, help="Each '[NAME:] ALGORITHM [--setting value ...]'.")
-    add("--common", type=str, default="", help="Settings of all variants; their own override them.")
+    add("--task", choices=list(TASKS), default="digits",
+        help="May come first, without its name.")
+    add("--variants", nargs="+", type=str,
+        help="Each '[NAME:] ALGORITHM [--setting value ...]'.")
+    add("--common", type=str, default="",
+        help="Settings of all variants; their own override them.")
     add("--seeds", nargs="+", type=int, help="A run of each variant for each.")
     add("--iterations", type=int, help="Read at so many iterations.")
     add("--evaluations", type=float, help="Read at so many forward-equivalents.")
     add("--seconds", type=float, help="Read at so many seconds of one thread.")
-    add("--target", type=float, default=0.9, help="And where the held-out reward first gets here.")
-    add("--study", metavar="FILE", help="A YAML file with these, or a comparison's study.json; "
-        "the command line overrides it.")
-    add("--out", type=str, metavar="DIR", help="Folder of the comparison, new or to be continued.")
+    add("--target", type=float, default=0.9,
+        help="And where the held-out reward first gets here.")
+    add("--study", metavar="FILE",
+        help="A YAML file with these, or a comparison's study.json; "
+             "the command line overrides it.")
+    add("--out", type=str, metavar="DIR",
+        help="Folder of the comparison, new or to be continued.")
     add("--jobs", type=int, default=2, help="Processes at a time.")
     add("--quiet", action="store_true", help="Show no progress bar.")
     known = {name[2:] for name in parser._option_string_actions} - {"help", "study"}
-    unknown, quiet = [key for key in defaults if key not in known], defaults.get("quiet", False)
+    unknown = [key for key in defaults if key not in known]
+    quiet = defaults.get("quiet", False)
     require(not unknown, "--study", unknown, "names of settings of compare")
     require(isinstance(quiet, bool), "quiet", quiet, "true or false")
     parser.start_from(defaults, source)
@@ -826,7 +880,7 @@ def study_parser(
 def read_file(
     path: Path,  # YAML, or JSON, which is YAML too
 ) -> dict:
-    "A study as it was written down; variants may be a mapping of names to lines, or a single line."
+    "A study as it was written; variants may be a mapping of names to lines, or one line."
     values = read_yaml(path, "--study")
     lines = values.get("variants")
     if isinstance(lines, dict):
@@ -839,22 +893,26 @@ def read_file(
 def read_study(
     argv: Sequence[str],  # [TASK] [--setting value ...]
 ) -> tuple:  # a `Study`, and all values
-    "What a command line of `compare` asks for; the rest stands in the file or in the folder."
+    "What a command line of `compare` asks for; the file or the folder has the rest."
     from neighbor_grpo.lab.compare import AXES, Study
-    argv = [*argv[1:], "--task", argv[0]] if argv and not argv[0].startswith("-") else list(argv)
+    named = bool(argv) and not argv[0].startswith("-")
+    argv = [*argv[1:], "--task", argv[0]] if named else list(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--study", "--out"): early.add_argument(name, nargs="?")
     known = early.parse_known_args(argv)[0]
     if known.out and (Path(known.out) / "config.json").exists():
         check_plugins(read_config(known.out, "--out").get("about", {}), "--out", known.out)
     left = Path(known.out or "") / "study.json"
-    path = Path(known.study) if known.study else left if known.out and left.exists() else None
+    path = left if known.out and left.exists() else None
+    if known.study: path = Path(known.study)
     v = study_parser(read_file(path) if path else {}, f"--study {path}").parse_args(argv)
     each = "each [NAME:] ALGORITHM [--setting value ...]"
     needed = dict(out="a folder for the comparison",
-                  variants=f"such as --variants neighbor 'wide: neighbor --sigma 0.5', {each}",
+                  variants="such as --variants neighbor 'wide: neighbor --sigma 0.5', "
+                           f"{each}",
                   seeds="such as --seeds 0 1 2")
-    for name, what in needed.items(): require(bool(v[name]), f"--{name}", v[name] or None, what)
+    for name, what in needed.items():
+        require(bool(v[name]), f"--{name}", v[name] or None, what)
     require(v.jobs >= 1, "--jobs", v.jobs, "an integer >= 1")
     sides, tasks = zip(*(read_variant(v.task, line, v.common) for line in v.variants))
     same = f"the same task for all: {tasks[0]}"
@@ -867,16 +925,17 @@ def read_study(
 
 # %% ../nbs/launch.ipynb #9a751b11
 def compare(
-    argv: Sequence[str],  # [TASK] --variants LINE ... --seeds N ... --out DIR [--setting value ...]
+    argv: Sequence[str],  # [TASK] --variants LINE ... --seeds N ... --out DIR ...
 ) -> None:
-    "Train variants side by side, several seeds of each: a folder of runs, tables and curves."
+    "Train variants side by side, with several seeds: a folder of runs, tables and curves."
     from neighbor_grpo.lab.compare import AXES, claim, run_study
     study, v = read_study(argv)
     out = Path(v.out)
     claim(study, out)
     said = {k: v[k] for k in ("task", "variants", "common", "seeds", *AXES, "target")}
     write_atomically(out / "study.json", json.dumps(said, indent=1))
-    again = f"go on with: neighbor-grpo compare --out {shlex.quote(str(out))}{plugin_options()}"
+    line = f"neighbor-grpo compare --out {shlex.quote(str(out))}{plugin_options()}"
+    again = f"go on with: {line}"
     try: failed = run_study(study, out, v.jobs, not v.quiet)
     except KeyboardInterrupt: raise KeyboardInterrupt(f"stopped by hand; {again}") from None
     print((out / "table.md").read_text() + f"folder: {out}")
@@ -888,11 +947,13 @@ def compare(
 def pretrain(
     argv: Sequence[str],  # --out DIR [--setting value ...]
 ) -> None:
-    "Make the pipeline that the scenes task starts from anew, in a folder that diffusers opens."
+    "Make anew the pipeline that the scenes start from, in a folder that diffusers opens."
     miniature = importlib.import_module("neighbor_grpo.models.miniature")
     usage = "neighbor-grpo pretrain --out DIR [--setting value ...]"
-    parser = Parser(prog="neighbor-grpo pretrain", usage=usage, description=pretrain.__doc__)
-    parser.add_argument("--out", metavar="DIR", help="New folder: pipeline, log and model card.")
+    parser = Parser(prog="neighbor-grpo pretrain", usage=usage,
+                    description=pretrain.__doc__)
+    parser.add_argument("--out", metavar="DIR",
+                        help="New folder: pipeline, log and model card.")
     parser.add_argument("--quiet", action="store_true", help="Show no progress bars.")
     parser.add_class_arguments(miniature.PretrainSettings)
     v = parser.parse_args(list(argv))
@@ -906,28 +967,33 @@ def pretrain(
 def serve(
     argv: Sequence[str],  # --rewards TEXT [--host NAME] [--port N] [--device NAME]
 ) -> None:
-    "Judge images for runs on other machines, over HTTP; NEIGHBOR_GRPO_TOKEN keeps strangers out."
+    "Judge images for other machines, over HTTP; NEIGHBOR_GRPO_TOKEN keeps strangers out."
     rewards = importlib.import_module("neighbor_grpo.rewards.judges")
     parser = Parser(prog="neighbor-grpo serve", description=serve.__doc__)
     add = parser.add_argument
-    add("--rewards", help="[WEIGHT*]NAME[@SOURCE], with commas between them; several are added up.")
-    add("--host", default="127.0.0.1", help="Whom to listen to; 0.0.0.0 or :: is everybody.")
+    add("--rewards",
+        help="[WEIGHT*]NAME[@SOURCE], with commas between them; several are added up.")
+    add("--host", default="127.0.0.1",
+        help="Whom to listen to; 0.0.0.0 or :: is everybody.")
     add("--port", type=int, default=8000, help="Where; 0: any that is free.")
-    add("--device", default="", help="Of the judges; without it the accelerator if there is one.")
+    add("--device", default="",
+        help="Of the judges; without it the accelerator if there is one.")
     v = parser.parse_args(list(argv))
     needed = "the judges, such as hps or clip,0.5*pickscore"
     require(v.rewards is not None, "--rewards", v.rewards, needed)
     require(0 <= v.port <= 65535, "--port", v.port, "in [0, 65535]")
     judges = rewards.make_rewards(v.rewards, choose_device(v.device))
     judge = rewards.Rewards(*judges, total=True)
-    server = rewards.RewardServer(judge, v.host, v.port, names=rewards.reward_names(v.rewards))
+    names = rewards.reward_names(v.rewards)
+    server = rewards.RewardServer(judge, v.host, v.port, names=names)
     print(f"{v.rewards} at {server.url}", flush=True)
     gc.freeze()  # what is loaded stays: to collect it at the end would take seconds
     try: server.serve_forever()
     finally: server.close()
 
 # %% ../nbs/launch.ipynb #30f18880
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+         if hasattr(signal, name)]
 
 @contextmanager
 def stoppable(
@@ -937,7 +1003,8 @@ def stoppable(
     heard, main_thread = [], threading.current_thread() is threading.main_thread()
 
     def stop(number: int, frame: object) -> None:
-        if isinstance(sys.exc_info()[1], KeyboardInterrupt): return  # already on its way out
+        leaving = isinstance(sys.exc_info()[1], KeyboardInterrupt)
+        if leaving: return
         heard.append(number)
         why = "" if number == signal.SIGINT else signal.Signals(number).name
         half_way = [trainer for trainer in RUNNING if trainer.moved and len(heard) < 3]
@@ -945,7 +1012,8 @@ def stoppable(
         for trainer in half_way: trainer.stop_reason = trainer.stop_reason or why
 
     before = {number: signal.getsignal(number) for number in STOPS if main_thread}
-    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    ours = (signal.SIG_IGN, None)  # stay as they are
+    before = {number: old for number, old in before.items() if old not in ours}
     for number in before: signal.signal(number, stop)
     try: yield heard
     finally:
@@ -959,10 +1027,12 @@ COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "save": save
 
 def overview() -> str:
     "What the commands, tasks and recipes are."
-    options = {"-h, --help": "show this; after a command its settings; --help all: every one",
+    options = {"-h, --help": "show this; after a command its settings; with all: every one",
                "--version": "of this, torch and Python",
-               "--plugin FILE.py": "with any command: add what a file registers; may be repeated",
-               "--debug": "with any command: an error with its traceback, as NEIGHBOR_GRPO_DEBUG=1"}
+               "--plugin FILE.py": "with any command: add what a file registers; "
+                                   "may be repeated",
+               "--debug": "with any command: an error with its traceback, "
+                          "as NEIGHBOR_GRPO_DEBUG=1"}
     commands = {name: in_one_line(command.__doc__) for name, command in COMMANDS.items()}
     tasks, recipes, *_ = overviews()
     usage = "usage: neighbor-grpo COMMAND [TASK] [--setting value ...]"
@@ -1010,7 +1080,8 @@ def main(
         return int(not words)
     with stoppable(last=program) as heard:
         try:
-            allowed = f"one of {', '.join(COMMANDS)} (usage: neighbor-grpo COMMAND [--help])"
+            usage = "usage: neighbor-grpo COMMAND [--help]"
+            allowed = f"one of {', '.join(COMMANDS)} ({usage})"
             require(name in COMMANDS, "command", name, allowed)
             draw_into_files()
             load_installed()
@@ -1023,8 +1094,10 @@ def main(
             kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "
             plain = debug or isinstance(e, (ValueError, OSError, KeyboardInterrupt))
             hint = "" if plain else " (--debug shows where)"
-            print(f"neighbor-grpo: {kind}{' '.join(str(e).split())[:2000]}{hint}", file=sys.stderr)
-            return 128 + (heard or [signal.SIGINT])[0] if isinstance(e, KeyboardInterrupt) else 1
+            message = " ".join(str(e).split())[:2000]
+            print(f"neighbor-grpo: {kind}{message}{hint}", file=sys.stderr)
+            stopped = isinstance(e, KeyboardInterrupt)
+            return 128 + (heard or [signal.SIGINT])[0] if stopped else 1
 
 # %% ../nbs/launch.ipynb #202c706f
 #| eval: false
