@@ -28,7 +28,7 @@ DATA, NOISE = "#BBBBBB", "#56B4E9"  # the two ends of the flow
 SOLVERS = {"euler": "#888888", "heun": "#CC79A7", "dpm++2m": "#0072B2", "ab2": "#E69F00"}
 ALGORITHMS = {"neighbor": "#0072B2", "flow": "#E69F00", "dance": "#B8860B",
               "mix": "#CC79A7", "mix-flash": "#A64D79", "mix-flash-star": "#7A3B5A",
-              "tempflow": "#D55E00", "nft": "#009E73", "v": "#56B4E9", "op": "#666666",
+              "tempflow": "#D55E00", "nft": "#009E73", "vgrpo": "#56B4E9", "op": "#666666",
               "tmpo": "#000000"}
 advantage_colors = LinearSegmentedColormap.from_list("advantages", [BAD, "#EEEEEE", GOOD])
 
