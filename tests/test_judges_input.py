@@ -87,7 +87,7 @@ def test_a_dark_picture_of_16_bits_stays_dark(tmp_path):
 
 @pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, np.nan], [0.0, 65536.0], [0.0, np.inf]])
 def test_what_is_no_brightness_is_refused(values):
-    with pytest.raises(ValueError, match="images must be grey values within"):
+    with pytest.raises(ValueError, match="images must be gray values within"):
         to_pictures([Image.fromarray(np.float32([values]))])
 
 

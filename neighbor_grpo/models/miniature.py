@@ -326,7 +326,7 @@ def train_transformer(
     progress: bool = True,  # show a progress bar
     snapshot: Snapshot | None = None,  # what a killed training goes on from
 ) -> None:
-    "Minimise a loss; the pipeline is left with the average of the weights."
+    "Minimize a loss; the pipeline is left with the average of the weights."
     networks, losses = networks_of(pipeline).requires_grad_(True), deque(maxlen=watch_every)
     optimizer = torch.optim.AdamW(networks.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)

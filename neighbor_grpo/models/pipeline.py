@@ -133,7 +133,7 @@ def remedy(
     while inner: chain, inner = [*chain, inner], inner.__cause__ or inner.__context__
     has = lambda kind: any(isinstance(link, kind) for link in chain)
     if has(GatedRepoError):
-        return f": accept its licence at https://huggingface.co/{source}, then run: hf auth login"
+        return f": accept its license at https://huggingface.co/{source}, then run: hf auth login"
     if has(RepositoryNotFoundError):
         return ": there is none of this name, or it takes a token to see it; run: hf auth login"
     if has(LocalEntryNotFoundError):

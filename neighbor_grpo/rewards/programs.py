@@ -20,14 +20,14 @@ from ..flow import require
 # %% ../../nbs/rewards/programs.ipynb #5eb0c767
 def eight_bits(
     picture: Image.Image,  # of any mode
-) -> Image.Image:  # the same, or grey of 8 bits where a channel had more
-    """Scale grey of 16 bits, of 32 bits and of floats to 8 bits; Pillow itself would cut all values
+) -> Image.Image:  # the same, or gray of 8 bits where a channel had more
+    """Scale gray of 16 bits, of 32 bits and of floats to 8 bits; Pillow itself would cut all values
     off at 255."""
     if picture.mode not in ("I", "F") and not picture.mode.startswith("I;16"): return picture
     values = np.asarray(picture).astype(np.float64)
     low, high = values.min(), values.max()
     require(0 <= low and high <= 65535, "images", f"{picture.mode} from {low:g} to {high:g}",
-            "grey values within [0, 65535]")
+            "gray values within [0, 65535]")
     full = (
         65535
         if high > 255 or picture.mode.startswith("I;16")

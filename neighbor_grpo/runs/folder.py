@@ -400,7 +400,7 @@ def earlier_rows(
 def load_or_train(
     folder: str | Path | None,  # where; None: nowhere, train
     name: str,  # of the file, without its ending
-    network: nn.Module,  # freshly initialised
+    network: nn.Module,  # freshly initialized
     train: Callable[[nn.Module], nn.Module],  # makes the trained network from it
 ) -> nn.Module:  # trained, in eval mode, without gradients
     "A network from the folder, or trained now and put there."

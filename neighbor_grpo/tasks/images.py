@@ -62,7 +62,7 @@ class ImagesSettings(PipelineSettings):
     """[WEIGHT*]NAME[@SOURCE], with commas between them: compressibility, clip, pickscore, hps,
     aesthetic, remote@URL."""
     combine: Literal["advantages", "rewards"] = "advantages"
-    "Several rewards: add what is standardised within each group, or the rewards as they are."
+    "Several rewards: add what is standardized within each group, or the rewards as they are."
     height: int = 512
     "Of an image, in pixels."
     width: int = 512

@@ -34,7 +34,7 @@ BACKGROUND = (0.10, 0.10, 0.12)
 # %% ../../nbs/tasks/scenes.ipynb #a9fc3bce
 @dataclass(frozen=True)
 class Thing:
-    "So many shapes of one kind and colour."
+    "So many shapes of one kind and color."
     colour: str
     "A key of COLOURS."
     shape: str
@@ -74,7 +74,7 @@ class Caption:
 
     @property
     def things(self) -> list[tuple[str, str]]:
-        "Colour and shape of every single shape."
+        "Color and shape of every single shape."
         return [(t.colour, t.shape) for t in (self.first, self.second) if t for _ in range(t.count)]
 
     @property
@@ -255,8 +255,8 @@ def above_ground(images: Tensor) -> Tensor:
 # %% ../../nbs/tasks/scenes.ipynb #a4002d19
 def paint(
     images: Tensor,  # (N, 3, H, W) in [0, 1]
-) -> tuple[Tensor, Tensor]:  # (N, H, W) each: number of the nearest colour, its share
-    "Each pixel as a mixture of the background and the colour that explains it best."
+) -> tuple[Tensor, Tensor]:  # (N, H, W) each: number of the nearest color, its share
+    "Each pixel as a mixture of the background and the color that explains it best."
     lengths = TINTS.square().sum(1)[:, None, None]
     share = (TINTS @ above_ground(images).flatten(2)).unflatten(2, images.shape[2:]) / lengths
     inside = share.clamp(0, 1)
@@ -305,7 +305,7 @@ def blobs(
 
 # %% ../../nbs/tasks/scenes.ipynb #f5e23eb2
 def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
-    "Area (M, K) and centre of mass (M, K, 2), x and y, of (M, K, W, W)."
+    "Area (M, K) and center of mass (M, K, 2), x and y, of (M, K, W, W)."
     pixels = torch.arange(cover.shape[-1]) + 0.5
     columns, rows = cover.sum(-2), cover.sum(-1)
     area = columns.sum(-1).clamp_min(1)
@@ -315,8 +315,8 @@ def moments(cover: Tensor) -> tuple[Tensor, Tensor]:
 def fit(
     cover: Tensor,  # (M, W, W) how much of each pixel a blob covers
     steps: int = 2,  # of correction
-) -> tuple[Tensor, Tensor, Tensor]:  # (M, 3, 2) centres; (M, 3) radii; (M, 3, W, W) templates
-    "The circle, the square and the triangle that have the area and the centre of mass of the blob."
+) -> tuple[Tensor, Tensor, Tensor]:  # (M, 3, 2) centers; (M, 3) radii; (M, 3, W, W) templates
+    "The circle, the square and the triangle that have the area and the center of mass of the blob."
     area, middle = moments(cover[:, None])
     centre, radius = middle.repeat(1, 3, 1), (area.repeat(1, 3) / math.pi).sqrt()
     for _ in range(steps):
@@ -348,8 +348,8 @@ def match(
     crop: Tensor,  # (M, 3, W, W) above the background
     own: Tensor,  # (M, W, W) pixels of the blob
     other: Tensor,  # (M, W, W) pixels of other blobs
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M,) colour; (M, 3[, 2]) centers, radii, misfits
-    "Colour of each blob, its best fit of every shape, and how far it is from that."
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (M,) color; (M, 3[, 2]) centers, radii, misfits
+    "Color of each blob, its best fit of every shape, and how far it is from that."
     inner = grown(own, -1)
     inner = torch.where(inner.flatten(1).any(1)[:, None, None], inner, own)
     mean = (crop * inner[:, None]).flatten(2).sum(2) / inner.flatten(1).sum(1)[:, None]
@@ -420,7 +420,7 @@ def find(
 
 # %% ../../nbs/tasks/scenes.ipynb #111ceda6
 def asked(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
-    """Colours (N, 4) and shapes (N, 4) of what captions name, -1 beyond it, and the way (N, 2) of
+    """Colors (N, 4) and shapes (N, 4) of what captions name, -1 beyond it, and the way (N, 2) of
     their relations."""
     things = [c.things + [(None, None)] * (4 - len(c.things)) for c in captions]
     colours, shapes = ({name: i for i, name in enumerate(names)} | {None: -1}
@@ -442,7 +442,7 @@ def assign(
     colour: Tensor,  # (N, 4) index into COLOURS of each shape that is asked for, -1 for none
     shape: Tensor,  # (N, 4) index into SHAPES
 ) -> tuple[Tensor, Tensor]:  # (N, 4) quality of its blob in [0, 1]; (N, 4, 2) center or nan
-    "Give each shape that is asked for a blob of its colour, the best pairs first."
+    "Give each shape that is asked for a blob of its color, the best pairs first."
     image = found.image
     rows = torch.arange(len(colour))
     many = found.image.bincount(minlength=len(colour))
