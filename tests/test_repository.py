@@ -70,7 +70,7 @@ def tracked_text():
         listed = [path for path in listed if not re.search(r"(^|/)(node_modules|_proc|\.[^/]+|[^/]+\.egg-info)/", path)]
     for name in listed:
         path = ROOT / name
-        if path.is_file() and path.suffix not in (".png", ".jpg", ".gif", ".pyc", ".safetensors"):
+        if path.is_file() and path.suffix not in (".png", ".webp", ".jpg", ".gif", ".pyc", ".safetensors"):
             yield name, path.read_text(encoding="utf-8")
 
 

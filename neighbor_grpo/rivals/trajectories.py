@@ -78,8 +78,8 @@ class Replay(Modifier):
         news, score = self.news(rollout, rewards, prompts), single(rewards)
         x, v, rewards = rollout.x.clone(), rollout.v.clone(), rewards.clone()
         replayed = torch.zeros(x.shape[1:3], dtype=torch.bool)
-        several = isinstance(generator, (list, tuple))
-        each = generator if several else [generator] * len(prompts)
+        each = [generator] * len(prompts)
+        if isinstance(generator, Sequence): each = list(generator)
         for group, own in enumerate(each if memory else []):
             known = (memory["prompt"] == prompts[group]).nonzero()[:, 0]
             if len(known) == 0: continue
