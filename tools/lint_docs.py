@@ -31,7 +31,7 @@ from staging import finish, install_cell
 MAX_OUTPUT = 400_000  # bytes of one output
 MAX_PAGE = 1_500_000  # bytes of all outputs of a page
 # What fits into a page's column at 1440 pixels, in characters of a line, and the share of blocks that may be wider.
-WIDE_CODE, MAX_WIDE_CODE = 92, 0.0
+WIDE_CODE, MAX_WIDE_CODE = 100, 0.0
 WIDE_OUTPUT, MAX_WIDE_OUTPUT = 88, 0.02
 PICTURES = ("image/png", "image/jpeg", "image/svg+xml")
 FILE_SUFFIXES = {"html", "ini", "ipynb", "js", "json", "jsonl", "md", "png", "py", "safetensors", "toml", "txt", "yml"}
