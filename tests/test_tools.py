@@ -71,7 +71,7 @@ BROKEN = [
     ("figure", prose("![a caption](styles.css)")),
     ("figure", prose('![a caption](styles.css){fig-alt="a dot"}')),
     ("figure", prose('![](styles.css){fig-alt=""}')),
-    ("width", code("x = " + "1" * 90)),
+    ("width", code("x = " + "1" * 97)),
     ("width", code("f()", [{"output_type": "stream", "name": "stdout", "text": "short\n" + "x" * 89}])),
     ("signature", code("f()", [{"output_type": "display_data", "data": {"text/markdown": RAW_LINK}}])),
     ("figure", prose('![](styles.css){fig-alt=""}')),
