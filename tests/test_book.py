@@ -63,6 +63,13 @@ def test_what_a_word_is(markdown, words):
     assert count_words.count_words(markdown) == words
 
 
+def test_a_page_of_reference_says_whom_it_is_for():
+    "And how long it takes, in its first words."
+    for name in set(ORDER) - {"index.ipynb", *pages.CORE}:
+        first = [cell["source"] for cell in cells_of(name) if cell["cell_type"] == "markdown"][1]
+        assert re.match(r"Reference, [a-z]+ minutes, for (those|readers) ", first), name
+
+
 # --- exercises ---
 
 
