@@ -9,6 +9,7 @@ import pytest
 import count_words
 import neighbor_grpo
 import pages
+import staging
 
 NBS = pages.ROOT / "nbs"
 ORDER = pages.reading_order()
@@ -180,3 +181,22 @@ def test_no_import_from_a_later_page(name):
     used -= DRAWING | {module for page, module in EXAMPLES if page == name}
     found = {module: page_of[module] for module in used if page_of.get(module) in later}
     assert not found, found
+
+
+# --- links ---
+
+
+def shown(name):
+    "What a page shows as Markdown: its texts and its outputs."
+    for cell in cells_of(name):
+        if cell["cell_type"] == "markdown":
+            yield cell["source"]
+        yield from (out["data"].get("text/markdown", "") for out in cell.get("outputs", []))
+
+
+def test_no_link_inside_a_link():
+    "nbdev makes a link of each name of the library in backticks, also of one that is the text of a link already."
+    names = {name for name, *_ in staging.symbols(pages.ROOT / "neighbor_grpo")}
+    for page in ORDER:
+        linked = re.findall(r"\[`([\w.]+)`\]\(", "\n".join(shown(page)))
+        assert not names.intersection(linked), f"{page}: the text of these links needs no backticks"

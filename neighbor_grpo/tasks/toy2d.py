@@ -29,7 +29,7 @@ from ..training import Task
 def mode_means(
     radius: float = 2.0,  # of the circle
 ) -> Tensor:  # (8, 2)
-    "Means of the eight Gaussians, anticlockwise from the right."
+    "Means of the eight Gaussians, counterclockwise from the right."
     angle = torch.arange(8) * (math.pi / 4)
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
@@ -46,7 +46,7 @@ def mode_shares(
 class ToySettings:
     "The toy: eight Gaussians on a circle, and a reward for being near one of them."
     target: int = 0
-    "Which of the eight means is rewarded, 0 (right) to 7, anticlockwise."
+    "Which of the eight means is rewarded, 0 (right) to 7, counterclockwise."
     width: float = 1.0
     "Standard deviation of the reward's bell, > 0."
     pretrain_steps: int = 2000
