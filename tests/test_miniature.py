@@ -385,7 +385,7 @@ def test_the_card_says_how_to_open_it_and_that_works(tiny):
     folder, _ = tiny
     card = (folder / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert code.count("\n") == 5
+    assert code.count("\n") == 6
     code = code.replace("FOLDER", str(folder)).replace("pipeline(", "image = pipeline(")
     plain_python(code + "\nassert image.size == (32, 32)", cwd=folder)
 

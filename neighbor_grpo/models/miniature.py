@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import shutil
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable
@@ -419,9 +420,11 @@ pipeline_tag: text-to-image
 
 # Scenes: a Stable Diffusion 3 pipeline of 3.5 million parameters
 
-It draws 32x32 pixels for captions such as *three green triangles* or *a red circle left of a blue square*. All of it is
-diffusers' and transformers' own classes, only small. It exists to be trained further: it is the base of the scenes task of
-[neighbor_grpo](https://github.com/neighbor-grpo/neighbor_grpo), whose reward checks an image against its caption.
+It draws 32x32 pixels for captions such as *three green triangles* or *a red circle left
+of a blue square*. All of it is diffusers' and transformers' own classes, only small. It
+exists to be trained further: it is the base of the scenes task of
+[neighbor_grpo](https://github.com/neighbor-grpo/neighbor_grpo), whose reward checks an
+image against its caption.
 
 ## Use
 
@@ -430,17 +433,20 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained("FOLDER").to(torch.float32)
-pipeline("three green triangles", height=32, width=32, guidance_scale=1, max_sequence_length=10).images[0]
+asked = dict(height=32, width=32, guidance_scale=1, max_sequence_length=10)
+pipeline("three green triangles", **asked).images[0]
 ```
 
-A caption has at most eight words, of these: {words}. Guidance is built in: a further guidance scale of 4.5,
-as for photographs, ruins it.
+A caption has at most eight words, of these:
+{words}.
+Guidance is built in: a further guidance scale of 4.5, as for photographs, ruins it.
 
 ## Data
 
-{scenes:,} scenes drawn by a program: flat circles, squares and triangles of six colours on a dark ground, with the caption
-that each was drawn for. A quarter shows one shape, a quarter two to four alike, half two shapes in a relation. A sixth of
-the captions of counts and of relations was left out. No other data, and nobody's pictures.
+{scenes:,} scenes drawn by a program: flat circles, squares and triangles of six colours
+on a dark ground, with the caption that each was drawn for. A quarter shows one shape, a
+quarter two to four alike, half two shapes in a relation. A sixth of the captions of
+counts and of relations was left out. No other data, and nobody's pictures.
 
 ## Recipe
 
@@ -448,23 +454,26 @@ the captions of counts and of relations was left out. No other data, and nobody'
 
 {settings}
 
-The autoencoder first (squared and absolute error, a little pull of the latents to a normal distribution), then its decoder
-alone, then the transformer together with the text encoders (flow matching, AdamW, averaged weights). In the end they are
-taught their own classifier-free guidance, so that none is needed. Stored in half precision. `log.jsonl` has the figures on
-the way.
+The autoencoder first (squared and absolute error, a little pull of the latents to a
+normal distribution), then its decoder alone, then the transformer together with the
+text encoders (flow matching, AdamW, averaged weights). In the end they are taught their
+own classifier-free guidance, so that none is needed. Stored in half precision.
+`log.jsonl` has the figures on the way.
 
 ## Accuracy
 
-The share of {images} images that hold what the caption says and nothing else, by the verifier of neighbor_grpo: 8 solver
-steps, no guidance, weights before they were rounded to half precision. Of scenes that only went through the autoencoder
-and back it accepts {verified:.0%}.
+The share of {images} images that hold what the caption says and nothing else, by the
+verifier of neighbor_grpo: 8 solver steps, no guidance, weights before they were rounded
+to half precision. Of scenes that only went through the autoencoder and back it accepts
+{verified:.0%}.
 
 {accuracies}
 
 ## What it cannot do
 
-Anything else. It counts and places unreliably, on purpose, because learning from rewards needs room. Other words and
-styles, larger numbers, more than two kinds of shapes and other sizes of the image are beyond it.
+Anything else. It counts and places unreliably, on purpose, because learning from
+rewards needs room. Other words and styles, larger numbers, more than two kinds of
+shapes and other sizes of the image are beyond it.
 
 ## Licence
 
@@ -494,7 +503,7 @@ def model_card(
         table.append(f"| {title} | {last[name]:.2f} | {low:.2f} to {high:.2f} |")
     return CARD.format(scenes=sum(run["scenes"] for run in runs), settings="\n".join(values),
                        images=runs[-1]["watch_images"], verified=vae["verified"],
-                       accuracies="\n".join(table), words=", ".join(words()))
+                       accuracies="\n".join(table), words=textwrap.fill(", ".join(words()), 87))
 
 # %% ../../nbs/models/miniature.ipynb #e02a9fd8
 PROGRESS = ".progress"  # of a pretraining, in its folder, until it is complete
