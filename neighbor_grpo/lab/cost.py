@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..rollouts import Algorithm
-from .benchmark import (CostTask, Moment, NetworkClock, StreamTime, as_markdown, summaries,
-                                         timed_rounds, wall_time)
+from .benchmark import (CostTask, Moment, NetworkClock, StreamTime, as_markdown,
+                                         summaries, timed_rounds, wall_time)
 from ..flow import require
 from ..models.pipeline import Family, PipelinePolicy, PipelineSettings, decode
 from ..models.sd3 import SD3
