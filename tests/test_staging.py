@@ -104,7 +104,20 @@ def test_install_cells_are_added_once_and_renewed(tmp_path):
     assert staging.add_install_cells(tmp_path) == []
     source = pages.read_notebook(path)["cells"][1]["source"]
     assert 'run_line_magic("cd", "/content/neighbor_grpo/nbs/lab")' in source
-    exec(compile(source, "cell", "exec"), {})  # not on Colab: it does nothing
+    asked = []
+
+    class Shell:
+        def system(self, command):
+            asked.append(command)
+
+        def run_line_magic(self, *command):
+            asked.append(command)
+
+    exec(compile(source, "cell", "exec"), {"get_ipython": lambda: "a shell elsewhere"})
+    assert not asked
+    Shell.__str__ = lambda self: "<google.colab._shell.Shell>"
+    exec(compile(source, "cell", "exec"), {"get_ipython": Shell})
+    assert "git clone" in asked[0] and asked[1] == ("cd", "/content/neighbor_grpo/nbs/lab")
     path.write_text(path.read_text().replace("--depth 1", "--depth 2"), encoding="utf-8")
     assert staging.add_install_cells(tmp_path) == ["lab/page.ipynb"]
     assert len(pages.read_notebook(path)["cells"]) == 2

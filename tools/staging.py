@@ -20,9 +20,7 @@ COLAB = "https://colab.research.google.com/github/{user}/{repo}/blob/{branch}/nb
 LINK_ID = "open-in-colab"  # of the cell that holds the link
 # What follows the title of a notebook, so that it runs on Colab, where only the notebook is at hand.
 INSTALL = """#| hide
-import sys
-
-if "google.colab" in sys.modules:  # elsewhere there is nothing to do
+if "google.colab" in str(get_ipython()):  # elsewhere there is nothing to do
     get_ipython().system(
         "git clone --quiet --depth 1 {git_url} /content/{repo}"
         " && pip install --quiet /content/{repo}"
