@@ -279,7 +279,7 @@ def test_a_gpu_that_is_too_small(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (pipelines.GatedRepoError, "accept its licence at https://huggingface.co/some/model, then run: hf auth login"),
+        (pipelines.GatedRepoError, "accept its license at https://huggingface.co/some/model, then run: hf auth login"),
         (pipelines.RepositoryNotFoundError, "none of this name, or it takes a token"),
         (pipelines.LocalEntryNotFoundError, "the hub does not answer; where it does, run: hf download some/model"),
     ],
