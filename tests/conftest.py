@@ -42,3 +42,8 @@ def generator():
 def root():
     "The checkout."
     return Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    "The longest test begins first, so that no process is left alone with it at the end."
+    items.sort(key=lambda item: item.name != "test_documentation")
