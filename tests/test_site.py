@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -168,6 +169,17 @@ def test_each_fault_is_found(kind, old, new, look_at_text, sound):
     assert kind in look_at_text(sound.replace(old, new))
 
 
+def look_at_all(folder):
+    "All pages of a rendered site: `faults` and `counts`."
+    faults, counts = [], {}
+    with preview.serving(folder) as address, preview.browsing() as browser:
+        for path in sorted(folder.rglob("*.html")):
+            page = path.relative_to(folder).as_posix()
+            seen, counts[page] = look_at(browser, address, page)
+            faults += seen
+    return {"faults": faults, "counts": counts}
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory, worker_id):
     "What was found on all pages: `faults` and `counts`; one worker looks, the others read its report."
@@ -177,14 +189,10 @@ def site(tmp_path_factory, worker_id):
     report = folder / "site.json"
     with FileLock(folder / "site.lock"):
         if not report.exists():
-            found = rendered(folder)
-            faults, counts = [], {}
-            with preview.serving(found) as address, preview.browsing() as browser:
-                for path in sorted(found.rglob("*.html")):
-                    page = path.relative_to(found).as_posix()
-                    seen, counts[page] = look_at(browser, address, page)
-                    faults += seen
-            report.write_text(json.dumps({"faults": faults, "counts": counts}), encoding="utf-8")
+            # A thread of its own: playwright allows one browser for each, and `look_at_text` may hold one.
+            with ThreadPoolExecutor(1) as thread:
+                found = thread.submit(look_at_all, rendered(folder)).result()
+            report.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(report.read_text(encoding="utf-8"))
 
 
