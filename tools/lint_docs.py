@@ -113,15 +113,25 @@ class Page:
         return found | {label for label in labels if label}
 
     @cached_property
+    def plain(self):
+        "The prose without its code and equations: `(cell, text)`."
+        return [(number, text.without_math(text.without_code(markdown))) for number, markdown in self.prose]
+
+    @cached_property
+    def matches(self):
+        "All matches of LINK with their cells; images inside a link are matched as its text."
+        return [
+            (number, m) for number, prose in self.plain for match in text.LINK.finditer(prose) for m in _nested(match)
+        ]
+
+    @cached_property
     def images(self):
         "All images: `(cell, target, caption, alt text)`."
         found = []
-        for number, markdown in self.prose:
-            for match in text.LINK.finditer(text.without_math(text.without_code(markdown))):
-                for m in _nested(match):
-                    if m["image"]:
-                        alt = re.search(r"fig-alt=([\"'])(.*?)\1", m["attributes"] or "")
-                        found.append((number, m["target"], m["text"], alt.group(2) if alt else ""))
+        for number, m in self.matches:
+            if m["image"]:
+                alt = re.search(r"fig-alt=([\"'])(.*?)\1", m["attributes"] or "")
+                found.append((number, m["target"], m["text"], alt.group(2) if alt else ""))
         return found
 
     @cached_property
@@ -140,14 +150,9 @@ class Page:
     @cached_property
     def links(self):
         "All links: `(cell, target, text, is an image)`."
-        found = []
-        for number, markdown in self.prose:
-            prose = text.without_math(text.without_code(markdown))
-            for match in text.LINK.finditer(prose):
-                # Images inside a link are matched as its text.
-                found += [(number, m["target"], text.words_of(m), bool(m["image"])) for m in _nested(match)]
-            found += [(number, a or b, "", False) for a, b in HTML_LINK.findall(prose)]
-        return found
+        found = [(number, m["target"], text.words_of(m), bool(m["image"])) for number, m in self.matches]
+        tags = [(number, *pair) for number, prose in self.plain for pair in HTML_LINK.findall(prose)]
+        return found + [(number, a or b, "", False) for number, a, b in tags]
 
 
 def printed(output):
@@ -423,8 +428,7 @@ def link(page, site):
         problem = broken(target, page, site, image)
         if problem:
             yield number, f"{problem}: {target}"
-    for number, markdown in page.prose:
-        prose = text.without_math(text.without_code(markdown))
+    for number, prose in page.plain:
         rest = text.LINK.sub("", prose)
         if "](" in rest:
             yield number, f"malformed link: {rest[max(0, rest.index('](') - 20) :][:60].strip()!r}"
@@ -516,8 +520,7 @@ def equation(page, site):
     for number, item in found:
         if item["display"] and re.search(r"\n\s*\n", item["tex"]):
             yield number, f"blank line in an equation: {item['tex'].strip()[:60]}"
-    for number, markdown in page.prose:
-        rest = text.without_math(text.without_code(markdown))
+    for number, rest in page.plain:
         if re.search(r"(?<!\\)\$", rest):
             yield number, f"a dollar sign without its partner: {rest[rest.index('$') :][:60]!r}"
         if r"\begin{" in rest:

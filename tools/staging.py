@@ -25,7 +25,7 @@ if "google.colab" in str(get_ipython()):  # elsewhere there is nothing to do
         "git clone --quiet --depth 1 {git_url} /content/{repo}"
         " && pip install --quiet /content/{repo}"
     )
-    get_ipython().run_line_magic("cd", "/content/{repo}/nbs/{folder}")"""
+    get_ipython().run_line_magic("cd", "/content/{repo}/{folder}")"""
 
 
 def finish(root):
@@ -89,8 +89,8 @@ def plain_signatures(notebook):
 
 def install_cell(name, config):
     "The source of the cell that makes a notebook run on Colab."
-    folder = posixpath.dirname(name)
-    return INSTALL.format(git_url=config["git_url"], repo=config["repo"], folder=folder).replace('nbs/")', 'nbs")')
+    folder = posixpath.dirname(f"nbs/{name}")
+    return INSTALL.format(git_url=config["git_url"], repo=config["repo"], folder=folder)
 
 
 def add_install_cells(root):
