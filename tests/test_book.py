@@ -18,7 +18,7 @@ LOOKED_UP = {"index.ipynb", *(name for name in ORDER if name.startswith("help/")
 DRAWING = {"figures", "tables"}  # how pages draw and tabulate, whatever they are about
 # What all families share is shown on one of them, whose own page needs what they share.
 EXAMPLES = {("models/pipeline.ipynb", "models.sd3")}
-TERM = re.compile(r"^\| (?P<term>[^|]+) \| [^|]+ \| \[[^]]+\]\(\.\./(?P<page>[^)]+)\) \|$", re.MULTILINE)
+TERM = re.compile(r"^\| \[(?P<term>[^]]+)\]\(\.\./(?P<page>[^)]+)\) \|", re.MULTILINE)
 HEADINGS = re.compile(r"^(#|>).*$", re.MULTILINE)
 
 
