@@ -255,8 +255,9 @@ def test_an_address_that_is_not_free_is_named():
 # --- the end ---
 
 SERVE = """
-import sys, time
+import signal, sys, time
 from neighbor_grpo.rewards.remote import RewardServer
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore it
 def judge(pictures, prompts):
     print("begun", flush=True)
     time.sleep(float(sys.argv[1]))
