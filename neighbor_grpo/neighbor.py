@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .anchors import sample_anchors
 from .flow import Generators, Velocity, require, time_grid
-from .grpo import group_advantages, standardized, surrogate
+from .grpo import combine_rewards, group_advantages, surrogate
 from .leaping import leaping_entropy, leaping_log_probs
 from .neighbors import neighbor_noise
 from .reweighting import quasi_norm
@@ -86,7 +86,7 @@ class NeighborGRPO(StepAlgorithm):
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized, over the quasi-norm; faint for flat groups."
-        standard = standardized(rewards, weights, standardize)
+        standard = combine_rewards(rewards, weights, standardize)
         size = standard.square().mean(1, keepdim=True).sqrt()  # 1 unless rewards are flat
         return quasi_norm(standard, self.p) * size
 

@@ -101,7 +101,7 @@ def penalized_loss(algorithm, velocity, rollout, advantages, penalties, generato
     for states in chosen.split(micro_batch):
         watched, distance = Watched(velocity), algorithm.distance_weights(rollout, states)
         loss = algorithm.loss(watched, rollout, states, advantages, on_policy)
-        total = total + loss + sum(penalty.at_trained(watched, reference, distance) for penalty, reference in penalties)
+        total = total + loss + sum(penalty.distance(watched, reference, distance) for penalty, reference in penalties)
     return total / len(chosen)
 
 

@@ -228,7 +228,7 @@ def test_no_algorithm_asks_a_device_for_float64(kind):
         for part in states.split(micro_batch):
             loss = algorithm.loss(velocity, rollout, part, advantages, False, SurrogateStats().surrogate)
             weights = algorithm.distance_weights(rollout, part)
-            loss = loss + VelocityPenalty(0.1).at_trained(velocity, velocity.velocity, weights)
+            loss = loss + VelocityPenalty(0.1).distance(velocity, velocity.velocity, weights)
             loss.backward()
             assert isinstance(loss, OnMPS)
 

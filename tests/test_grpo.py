@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from neighbor_grpo.grpo import SurrogateStats, clipped_surrogate, combine_rewards, group_advantages
+from neighbor_grpo.grpo import SurrogateStats, check_rewards, clipped_surrogate, combine_rewards, group_advantages
 from neighbor_grpo.rivals.modifiers import shape_advantages
 
 sizes = st.tuples(st.integers(1, 4), st.integers(2, 9))
@@ -87,19 +87,22 @@ def test_integers_and_half_precision_become_float32(given):
 def test_combination_weighs_standardised_rewards():
     a, b = torch.rand(3, 5), 1000 * torch.rand(3, 5)
     expected = 0.2 * group_advantages(a) + 0.7 * group_advantages(b)
-    torch.testing.assert_close(combine_rewards([a, b], [0.2, 0.7]), expected)
-    torch.testing.assert_close(combine_rewards([a, b]), (group_advantages(a) + group_advantages(b)) / 2)
+    both = torch.stack([a, b], 2)
+    torch.testing.assert_close(combine_rewards(both, [0.2, 0.7]), expected)
+    torch.testing.assert_close(combine_rewards(both), (group_advantages(a) + group_advantages(b)) / 2)
+    assert torch.equal(combine_rewards(a), group_advantages(a))
 
 
 def test_combination_of_raw_rewards_is_a_weighted_sum():
     a, b = torch.rand(3, 5), torch.rand(3, 5)
-    torch.testing.assert_close(combine_rewards([a, b], [1, 3], standardise=False), a + 3 * b)
+    torch.testing.assert_close(combine_rewards(torch.stack([a, b], 2), [1, 3], check_rewards), a + 3 * b)
 
 
 @given(st.floats(0.5, 100))
 def test_standardised_combination_ignores_the_scale_of_a_reward(scale):
     a, b = torch.rand(3, 5).double(), torch.rand(3, 5).double()
-    torch.testing.assert_close(combine_rewards([a, scale * b]), combine_rewards([a, b]), atol=1e-3, rtol=0)
+    scaled, plain = torch.stack([a, scale * b], 2), torch.stack([a, b], 2)
+    torch.testing.assert_close(combine_rewards(scaled), combine_rewards(plain), atol=1e-3, rtol=0)
 
 
 # --- the clipped surrogate ---
@@ -136,13 +139,13 @@ def test_on_policy_value_and_gradient_are_the_advantages():
 
 def test_stats_summarise_all_micro_batches():
     stats, old = SurrogateStats(), torch.zeros(4)
-    stats.add(torch.tensor([0.0, 0.05, -0.05, 0.3]), old, 0.1, torch.tensor([1.0, 2.0]))
-    stats.add(torch.tensor([0.0, 0.0, -0.4, 0.3]), old, 0.1, torch.tensor([3.0, 4.0]))
+    stats.surrogate(torch.tensor([0.0, 0.05, -0.05, 0.3]), old, old, 0.1, entropy=torch.tensor([1.0, 2.0]))
+    stats.surrogate(torch.tensor([0.0, 0.0, -0.4, 0.3]), old, old, 0.1, entropy=torch.tensor([3.0, 4.0]))
     expected = {"ratio_min": math.exp(-0.4), "ratio_max": math.exp(0.3), "clip_fraction": 3 / 8, "entropy": 2.5}
     assert stats.summary() == pytest.approx(expected)
 
 
 def test_stats_of_a_policy_without_entropy():
     stats = SurrogateStats()
-    stats.add(torch.zeros(3), torch.zeros(3), 0.1)
+    stats.surrogate(torch.zeros(3), torch.zeros(3), torch.zeros(3), 0.1)
     assert stats.summary() == {"ratio_min": 1.0, "ratio_max": 1.0, "clip_fraction": 0.0, "entropy": None}

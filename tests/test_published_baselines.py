@@ -83,7 +83,7 @@ def test_tmpos_penalty_weighs_as_much_beside_its_loss_whatever_the_number_of_ste
         watched = Watched(still)
         watched(*states.inputs(rollout))
         weights = algorithm.distance_weights(rollout, states)
-        held = VelocityPenalty(0.3).at_trained(watched, shifted, weights) / len(states)
+        held = VelocityPenalty(0.3).distance(watched, shifted, weights) / len(states)
         pair = (algorithm.gaussian(rollout, states, f(*states.inputs(rollout))) for f in (still, shifted))
         (mean, std), (mean_ref, _) = pair
         divergence = ((mean - mean_ref) / std).square().flatten(1).mean(1) / 2

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from neighbor_grpo.grpo import combine_rewards
+from neighbor_grpo.grpo import check_rewards, combine_rewards
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rewards import judges as library
 from neighbor_grpo.rewards.judges import Aesthetic, CLIPScore, HPSv21, PickScore, Rewards, make_rewards, parse_rewards
@@ -675,7 +675,7 @@ def test_together(judges):
     columns = Rewards(three, weights)(LISTED[:4], ASKED[:4])
     assert torch.equal(columns, torch.stack([judge(LISTED[:4], ASKED[:4]) for judge in three], 1))
     total = Rewards(three, weights, total=True)(LISTED[:4], ASKED[:4])
-    expected = combine_rewards([column[None] for column in columns.T], weights, standardise=False)[0]
+    expected = combine_rewards(columns[None], weights, check_rewards)[0]
     assert total.shape == (4,) and torch.allclose(total, expected)
     assert Rewards(three).weights == [1 / 3] * 3
     single = Rewards([judges["compressibility"]], [-1.0])

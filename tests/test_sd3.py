@@ -602,7 +602,7 @@ def test_a_step_of_the_algorithm_lowers_its_loss(rank, micro_batch):
         watched = Watched(policy)
         advantages, count = algorithm.advantages(rewards), len(algorithm.choose(rollout, seeded(2)))
         for part in algorithm.losses(watched, rollout, advantages, seeded(2), micro_batch=micro_batch):
-            yield part + penalty.at_trained(watched, reference, 1.0) / count
+            yield part + penalty.distance(watched, reference, 1.0) / count
 
     def loss():
         return sum(part if micro_batch == 0 else part.detach() for part in losses())

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neighbor_grpo.flow import seeded
+from neighbor_grpo.grpo import check_rewards, combine_rewards
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.gaussian import DanceGRPO
-from neighbor_grpo.training import Run, TrainSettings, choose_prompts, reported, score, train
+from neighbor_grpo.training import Run, TrainSettings, choose_prompts, score, train
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
 SETTINGS = TrainSettings(iterations=6, groups=3, updates=2, lr=1e-2, kl_weight=0.05, ema=0.8, eval_every=2)
@@ -245,7 +246,7 @@ def test_without_weights_all_rewards_count_alike():
     rewards = score(equal.task, samples, prompts)
     assert rewards.shape == (3, 4, 2)
     expected = samples[..., 0] / 2 + 50 * samples[..., 1]
-    torch.testing.assert_close(reported(rewards, equal.task.reward_weights), expected)
+    torch.testing.assert_close(combine_rewards(rewards, equal.task.reward_weights, check_rewards), expected)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..flow import (Generators, Velocity, denoised, interpolate, randn, require,
                                 time_grid)
-from ..grpo import group_advantages, standardized, surrogate
+from ..grpo import combine_rewards, group_advantages, surrogate
 from ..neighbors import neighbor_noise
 from ..rollouts import (Algorithm, Reward, Rollout, Standardize, States,
                                     Surrogate, check_settings, everyone, for_each)
@@ -143,7 +143,7 @@ class DiffusionNFT(ForwardProcess):
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized and clipped."
-        return standardized(rewards, weights, standardize).clamp(
+        return combine_rewards(rewards, weights, standardize).clamp(
             -self.advantage_clip, self.advantage_clip
         )
 
@@ -187,7 +187,7 @@ class VGRPO(ForwardProcess):
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized and softly clipped."
-        standard = standardized(rewards, weights, standardize)
+        standard = combine_rewards(rewards, weights, standardize)
         return self.soft_clip * (standard / self.soft_clip).tanh()
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,

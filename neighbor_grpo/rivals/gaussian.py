@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..flow import Generators, Velocity, require, time_grid
-from ..grpo import group_advantages, standardized, surrogate
+from ..grpo import combine_rewards, group_advantages, surrogate
 from ..neighbors import neighbor_noise
 from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States,
                                     Surrogate, check_settings, choose_steps, everyone,
@@ -101,7 +101,7 @@ class SDEGRPO(StepAlgorithm):
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized and clipped."
         most = self.advantage_clip
-        return standardized(rewards, weights, standardize).clamp(-most, most)
+        return combine_rewards(rewards, weights, standardize).clamp(-most, most)
 
     def choose(self, rollout: Rollout, generator: Generators = None) -> States:
         "All candidates of each group at the group's K steps."

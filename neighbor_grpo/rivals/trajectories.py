@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..anchors import sample_subsets
 from ..flow import Generators, Velocity, require
-from ..grpo import combine_rewards, group_advantages, surrogate
+from ..grpo import (check_rewards, combine_rewards, group_advantages,
+                                surrogate)
 from .gaussian import FlowGRPO, SDEGRPO
 from .modifiers import Modifier, base
 from ..rollouts import Algorithm, Rollout, Standardize, States, Surrogate
@@ -176,8 +177,7 @@ class TMPO(SDEGRPO):
             return self.beta * super().advantages(rewards, weights, standardize)
         allowed = "True where a modifier shapes standardized rewards"
         require(standardize is group_advantages, "standardise", False, allowed)
-        if rewards.ndim == 3:
-            rewards = combine_rewards(rewards.unbind(2), weights, standardise=False)
+        rewards = combine_rewards(rewards, weights, check_rewards)
         rewards = rewards - rewards[:, :1]  # a group of equal rewards becomes exactly zero
         return self.beta * (rewards - rewards.mean(1, keepdim=True))
 
