@@ -26,7 +26,7 @@ from .folder import (Checkpoints, append_row, first_alone, gather, hold_folder,
                                        without_clock, world, write_atomically)
 from .pictures import plot_run
 from .state import (average_gradients, flat_optimizer, join_parts,
-                                      load_optimizer, load_trained, put_together,
+                                      load_optimizer, load_trained, own_tensors,
                                       trained_state)
 from ..training import Run, Task, TrainSettings, train
 
@@ -119,13 +119,11 @@ class Trainer(Run):
         tensors = dict(policy=trained_state(self.policy), optimizer=flat_optimizer(self.optimizer))
         if self.average: tensors["ema"] = trained_state(self.average.module)
         if self.memory: tensors["memory"] = self.memory
-        tensors = {file: {name: put_together(value) for name, value in group.items()}
-                   for file, group in tensors.items()}
+        if self.split: tensors = {file: own_tensors(group) for file, group in tensors.items()}
         done = {file: [without_clock(row) for row in rows if row["iteration"] <= self.iteration]
                 for file, rows in zip(ROWS, (self.rows, self.evals))}
-        if self.rank == 0:
-            self.checkpoints.save(self.iteration, tensors,
-                                  dict(iteration=self.iteration, rows=done))
+        state = dict(iteration=self.iteration, rows=done)
+        self.checkpoints.save(self.iteration, tensors, state, bool(self.split))
 
     def restore(self, out: Path) -> None:
         """Go back to the newest checkpoint, or to the start; rows that came after it are dropped,
@@ -138,7 +136,7 @@ class Trainer(Run):
                 load_trained(self.policy, tensors["policy"])
                 load_optimizer(self.optimizer, tensors["optimizer"])
                 if self.average: load_trained(self.average.module, tensors["ema"])
-                self.memory = tensors.get("memory", {})
+                self.memory = dict(tensors.get("memory", {}))
                 self.iteration = last = state["iteration"]
             except (KeyError, ValueError, RuntimeError) as e:
                 newest = self.checkpoints.folder / f"{self.checkpoints.numbers()[-1]:06d}"
