@@ -29,6 +29,7 @@ WHOLE = {
     "forward": "rivals.forward",
     "mixed": "rivals.mixed",
     "options": "rivals.modifiers",
+    "sde": "rivals.sde",
     "folder": "runs.folder",
     "digits": "tasks.digits",
     "images": "tasks.images",

@@ -38,12 +38,12 @@ from neighbor_grpo.rivals.modifiers import (
     extremes,
     shape_advantages,
 )
+from neighbor_grpo.rivals.sde import cps, dance_sde, flow_sde, solve_sde
 from neighbor_grpo.rivals.trajectories import TMPO, Replay
 from neighbor_grpo.rollouts import take
 from neighbor_grpo.runs.folder import Checkpoints, read_config
 from neighbor_grpo.runs.tracking import tracker_names
 from neighbor_grpo.runs.trainer import Trainer
-from neighbor_grpo.sde import cps, dance_sde, flow_sde, solve_sde
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.tasks.digits import DigitsSettings
 from neighbor_grpo.tasks.scenes import Caption, Thing, all_captions, draw_layout, find, split_captions, verify

@@ -5,7 +5,7 @@ import torch
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import clipped_surrogate, group_advantages
-from neighbor_grpo.sde import gaussian_log_prob
+from neighbor_grpo.rivals.sde import gaussian_log_prob
 
 G, STD = 12, 0.27
 

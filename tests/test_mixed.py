@@ -27,9 +27,9 @@ from neighbor_grpo.grpo import SurrogateStats
 from neighbor_grpo.rivals.gaussian import SDEGRPO
 from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO, chain, noisy_steps
 from neighbor_grpo.rivals.modifiers import ChunkedRatios, GuardedRatios, TimeWeights, base
+from neighbor_grpo.rivals.sde import cps
 from neighbor_grpo.rollouts import States
 from neighbor_grpo.runs.trainer import Trainer
-from neighbor_grpo.sde import cps
 from neighbor_grpo.solvers import solve
 from neighbor_grpo.training import Run, TrainSettings, VelocityPenalty
 

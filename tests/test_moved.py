@@ -23,6 +23,7 @@ LINES = {
     "from neighbor_grpo.folder import Checkpoints": "runs.folder",
     "from neighbor_grpo import folder; folder.Checkpoints": "runs.folder",
     "import neighbor_grpo.toy2d; neighbor_grpo.toy2d.ToyTask": "tasks.toy2d",
+    "from neighbor_grpo.sde import flow_sde": "rivals.sde",
     "from neighbor_grpo.scenes import render": "tasks.scenes",
     "from neighbor_grpo.prompts import read_prompts": "tasks.prompts",  # a folder of data has this name, too
     "from neighbor_grpo.rivals import ALGORITHMS": "rivals.catalogue.ALGORITHMS",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributions import Normal
 
 from neighbor_grpo.flow import randn, seeded, time_grid
-from neighbor_grpo.sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
+from neighbor_grpo.rivals.sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
 from neighbor_grpo.solvers import euler_step, solve
 
 late, early = st.floats(0.02, 0.45), st.floats(0.5, 0.98)

@@ -13,7 +13,7 @@ PICTURE = [{"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}
 FRONT = {"cell_type": "raw", "source": "---\ntitle: GRPO\ndescription: How a group is scored\n---"}
 TITLE = {"cell_type": "markdown", "id": "t", "source": "# GRPO\n\n> How a group is scored"}
 RAW_LINK = "```python\nf(\n    x, # of [`g`](https://example.org/g.html#g)\n)\n```"
-ONWARD = {"cell_type": "markdown", "id": "o", "source": "Next: [steps](sde.ipynb)."}
+ONWARD = {"cell_type": "markdown", "id": "o", "source": "Next: [steps](rivals/sde.ipynb)."}
 
 
 def prose(source):
@@ -28,7 +28,7 @@ def code(source, outputs=()):
 def site(*cells, title=TITLE, front=FRONT, last=ONWARD):
     "A site of two pages, the first of which holds `cells`."
     page = lint_docs.Page("grpo.ipynb", [title, *cells, last], [front, *cells, last])
-    following = lint_docs.Page("sde.ipynb", [prose("## A step")], [prose("## A step\n\n## A step\n\n[]{#mark}")])
+    following = lint_docs.Page("rivals/sde.ipynb", [prose("## A step")], [prose("## A step\n\n## A step\n\n[]{#mark}")])
     return lint_docs.Site(pages.ROOT, [page, following])
 
 
@@ -41,7 +41,8 @@ SOUND = [
     prose(
         "## A heading\n\n$x_t$ costs \\$5, `$HOME`\n\n$$\\begin{aligned} a &= b \\\\ c &= d \\end{aligned}$$ {#eq-one}"
     ),
-    prose("See [up](#a-heading), @eq-one, [there](sde.ipynb#a-step-1), [mark](./sde.ipynb#mark), $f[x](y)$,"),
+    prose("See [up](#a-heading), @eq-one, [there](rivals/sde.ipynb#a-step-1), [mark](./rivals/sde.ipynb#mark)"),
+    prose("$f[x](y)$,"),
     prose("[paper](https://arxiv.org/abs/2511.16955), `flow.py`, `torch.nothing`, `[no](link)`."),
     prose('![](styles.css){width=50% fig-alt="a dot"}'),
     code("#| hide\n" + "x" * 200),
@@ -82,8 +83,8 @@ BROKEN = [
     ("size", code("f()", 5 * [{"output_type": "stream", "name": "stdout", "text": "x" * (lint_docs.MAX_PAGE // 4)}])),
     ("link", prose("[gone](99_gone.ipynb)")),
     ("link", prose("[gone](#gone)")),
-    ("link", prose("[gone](sde.ipynb#gone)")),
-    ("link", prose("[published name](sde.html)")),
+    ("link", prose("[gone](rivals/sde.ipynb#gone)")),
+    ("link", prose("[published name](rivals/sde.html)")),
     ("link", prose("[odd](htp://example.org)")),
     ("link", prose("[split](https://example.org/a b)")),
     ("link", prose("[paper](https://arxiv.org/abs/25.16955)")),
@@ -114,7 +115,7 @@ def test_defect_is_found(kind, cell):
     assert findings(kind, exported, cell, last=last)
 
 
-@pytest.mark.parametrize("target, found", [("../sde.ipynb#mark", 0), ("../styles.css", 0), ("sde.ipynb", 1)])
+@pytest.mark.parametrize("target, found", [("../rivals/sde.ipynb#mark", 0), ("../styles.css", 0), ("sde.ipynb", 1)])
 def test_links_are_relative_to_the_folder_of_their_page(target, found):
     built = site()
     inside = lint_docs.Page("lab/compare.ipynb", [], [prose(f"[there]({target})")])
@@ -166,7 +167,7 @@ def test_all_pages_install_on_colab_or_none_does():
     built = site()
     page = built.pages[0]
     assert findings("colab") == []
-    built.pages[1].source.append(code(staging.install_cell("sde.ipynb", built.config)))
+    built.pages[1].source.append(code(staging.install_cell("rivals/sde.ipynb", built.config)))
     assert len(list(lint_docs.CHECKS["colab"](page, built))) == 1
     page.source.insert(1, code(staging.install_cell("grpo.ipynb", built.config)))
     assert list(lint_docs.CHECKS["colab"](page, built)) == []

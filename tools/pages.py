@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KATEX = ROOT / "tools" / "katex"
 
 # The method: ten short pages, read in this order. Every other page is reference.
-CORE = "method flow grpo sde distance neighbors leaping anchors tasks/toy2d tasks/digits".split()
+CORE = "method flow grpo rivals/sde distance neighbors leaping anchors tasks/toy2d tasks/digits".split()
 CORE = [f"{name}.ipynb" for name in CORE]
 # Written when the pages are staged.
 GENERATED = ["api.qmd"]

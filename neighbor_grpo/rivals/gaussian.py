@@ -21,7 +21,7 @@ from ..neighbors import neighbor_noise
 from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States,
                                     Surrogate, check_settings, choose_steps, everyone,
                                     for_each, untrained_steps)
-from ..sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
+from .sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
 
 # %% ../../nbs/rivals/gaussian.ipynb #e9bfc457
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..grpo import surrogate
 from .gaussian import SDEGRPO
 from ..rollouts import (Reward, Rollout, States, Surrogate, everyone, for_each,
                                     per_state, take)
-from ..sde import gaussian_log_prob, solve_sde
+from .sde import gaussian_log_prob, solve_sde
 from ..solvers import Trajectory, euler_step, solve
 
 # %% ../../nbs/rivals/mixed.ipynb #df5eafa8
