@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Velocity', 'Generators', 'GRIDS', 'require', 'expand_time', 'interpolate', 'velocity_target', 'denoised',
-           'implied_noise', 'time_grid', 'seeded', 'randn', 'flow_matching_loss']
+           'implied_noise', 'Shift', 'time_grid', 'seeded', 'randn', 'flow_matching_loss']
 
 # %% ../nbs/flow.ipynb #29e4d238
 import math
@@ -82,6 +82,12 @@ def implied_noise(
 GRIDS = ("even", "scheduler")
 
 
+class Shift(float):
+    "A time shift of a grid whose last step begins at a given time, as Qwen-Image's does."
+    terminal: float = 0.0
+    "That time, in (0, 1); 0: as the grid has it."
+
+
 def time_grid(
     steps: int,  # T, number of steps, >= 1
     shift: float | None = 1.0,  # s > 0; SD3 and FLUX use 3: more steps near the noise
@@ -97,7 +103,11 @@ def time_grid(
 
     # The scheduler starts from its smallest time of a thousand, which it shifts twice.
     count, least = (steps + 1, 0) if grid == "even" else (steps, shifted(0.001))
-    times = shifted(torch.linspace(1, least, count, dtype=torch.float64)).float()
+    times = shifted(torch.linspace(1, least, count, dtype=torch.float64))
+    if isinstance(shift, Shift) and shift.terminal and steps > 1:
+        stretch = (1 - shift.terminal) / (1 - times[steps - 1])
+        times[:steps] = 1 - (1 - times[:steps]) * stretch
+    times = times.float()
     return times if grid == "even" else torch.cat([times, times.new_zeros(1)])
 
 # %% ../nbs/flow.ipynb #8a3a8456

@@ -220,6 +220,8 @@ class Algorithm:
     __dataclass_fields__: ClassVar[dict[str, Field]]
     group_size: int
     "G, candidates for each prompt."
+    steps: int
+    "T, solver steps of a rollout."
     shift: float | None
     "Time shift of the grid; None: that of the task."
     grid: str
@@ -313,9 +315,9 @@ class Algorithm:
             loss = self.loss(velocity, rollout, states, advantages, on_policy, surrogate)
             yield loss / len(chosen)
 
-    def fitted(self, shift: float) -> "Algorithm":
-        "With the time shift of a task, where it has none of its own."
-        return replace(self, shift=shift) if self.shift is None else self
+    def fitted(self, shift_at: Callable[[int], float]) -> "Algorithm":
+        "With a task's time shift at its number of steps, where it has none of its own."
+        return replace(self, shift=shift_at(self.steps)) if self.shift is None else self
 
     def recall(self, rollout: Rollout, rewards: Tensor, prompts: Tensor,
                memory: dict[str, Tensor],
@@ -331,8 +333,6 @@ class Algorithm:
 
 class StepAlgorithm(Algorithm):
     "An algorithm that trains steps of its own solver, as most modifiers need to know."
-    steps: int
-    "T, solver steps of a rollout."
     trained_steps: int
     "K, steps trained for each trained candidate."
 

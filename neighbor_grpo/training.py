@@ -65,6 +65,10 @@ class Task:
     saves: bool = False
     "Whether `save` writes something."
 
+    def shift_at(self, steps: int) -> float:
+        "The shift of a grid of so many steps: `shift`, unless it depends on them."
+        return self.shift
+
     def reference(self) -> nn.Module:
         "A copy of the policy that stays as it is."
         return copy.deepcopy(self.policy)
@@ -298,7 +302,7 @@ class Run:
         self.task = task if isinstance(task, Task) else Plain(task)
         self.settings, self.policy = settings, task.policy
         self.penalties = penalties_of(settings)
-        self.algorithm = algorithm.fitted(self.task.shift)
+        self.algorithm = algorithm.fitted(self.task.shift_at)
         check_run(self.task, algorithm, settings)
         self.groups = list(range(settings.groups))  # those of this process
         if settings.ema > 0:

@@ -248,7 +248,7 @@ CALLS = [
         lambda: tiny_policy(PipelineSettings(guidance_scale=2.0)),
         "negative",
         "is needed",
-        "empty prompt",
+        "negative prompt",
     ),
     (lambda: tiny_policy(PipelineSettings(4, lora_dual=True)), "lora_dual", "True", "no dual"),
     (lambda: tiny_policy()(x, x, dict(embeds=x[:2], pooled=x)), "cond", "2 rows", "of 3 rows"),

@@ -107,7 +107,7 @@ def test_a_modifier_passes_on_what_it_does_not_change(algorithm):
         assert all(map(torch.equal, around.response(ts), algorithm.response(ts)))
         assert around.untrained == algorithm.untrained
     late = replace(SMALL["neighbor"], shift=None)
-    assert ChunkedRatios(Plain(late)).fitted(3.0) == ChunkedRatios(Plain(replace(late, shift=3.0)))
+    assert ChunkedRatios(Plain(late)).fitted(lambda steps: 3.0) == ChunkedRatios(Plain(replace(late, shift=3.0)))
 
 
 def test_modifiers_are_known_by_name_and_always_in_one_order():

@@ -109,14 +109,14 @@ class AuraFlow(Family):
         embeds, *_ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=pipeline.text_encoder.device,
             max_sequence_length=max_sequence_length)
-        return embeds, embeds.new_zeros(len(prompts), 1)
+        return dict(embeds=embeds)
 
     def latent_shape(self, pipeline, height, width):
         scale = pipeline.vae_scale_factor
         return pipeline.transformer.config.in_channels, height // scale, width // scale
 
-    def velocity(self, transformer, x, t, embeds, pooled, scale):
-        return transformer(x, embeds, t, return_dict=False)[0]
+    def velocity(self, transformer, x, t, cond, scale):
+        return transformer(x, cond["embeds"], t, return_dict=False)[0]
 
 
 FAMILIES["mine"] = AuraFlow()

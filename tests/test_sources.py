@@ -118,7 +118,7 @@ def test_sd3_without_t5_is_encoded_as_diffusers_does_it(saved, tmp_path):
     assert not told["embeds"][:, 16:].any() and told["embeds"][:, :16].any()
     settings = ImagesSettings(source=str(source), height=16, width=16, max_sequence_length=12)
     with_file = open_encoded(settings, SD3, ["a cat"], tmp_path / "run", CPU, progress=False)[1]
-    assert (with_file["embeds"] - told["embeds"]).abs().max() < 1e-5
+    assert (with_file["embeds"][:1] - told["embeds"]).abs().max() < 1e-5
 
 
 def test_sd3_without_t5_trains_saves_and_opens(saved, tmp_path, capfd):
@@ -225,7 +225,7 @@ class Encoder(torch.nn.Module):
 def spoken(pipeline, prompts, length):
     "Embeddings that say which prompt they are of, the size of FLUX's."
     numbers = torch.tensor([float(prompt) for prompt in prompts]).bfloat16()
-    return numbers[:, None, None].expand(-1, length, 4096), numbers[:, None].expand(-1, 8)
+    return dict(embeds=numbers[:, None, None].expand(-1, length, 4096), pooled=numbers[:, None].expand(-1, 8))
 
 
 class Living(TorchDispatchMode):

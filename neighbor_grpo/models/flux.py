@@ -6,15 +6,13 @@
 __all__ = ['FLUX', 'pack_latents', 'unpack_latents', 'FluxFamily']
 
 # %% ../../nbs/models/flux.ipynb #71702940
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import Family, fixed_shift
+from .pipeline import Family, shift_of_size
 
 # %% ../../nbs/models/flux.ipynb #a94afc38
 with quiet(): from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -39,15 +37,20 @@ def unpack_latents(
 class FluxFamily(Family):
     "FLUX.1."
     pipeline, guidance = FluxPipeline, "embedded"
+    settings = dict(guidance_scale=3.5, train_guidance_scale=3.5, max_sequence_length=512)
     blocks = ("transformer_blocks", "single_transformer_blocks")
 
+    def guidance_of(self, pipeline: FluxPipeline) -> str:
+        "FLUX.1 schnell has none."
+        return "embedded" if pipeline.transformer.config.guidance_embeds else "none"
+
     def encode(self, pipeline: FluxPipeline, prompts: list[str],
-               max_sequence_length: int) -> tuple[Tensor, Tensor]:
+               max_sequence_length: int) -> dict[str, Tensor]:
         "T5's tokens, and CLIP's vector for the whole prompt."
         embeds, pooled, _ = pipeline.encode_prompt(
             prompts, prompts, max_sequence_length=max_sequence_length,
             device=pipeline.text_encoder.device)
-        return embeds, pooled
+        return dict(embeds=embeds, pooled=pooled)
 
     def latent_shape(self, pipeline: FluxPipeline, height: int, width: int) -> tuple[int, int, int]:
         "Before they are packed; both sides are even."
@@ -57,28 +60,20 @@ class FluxFamily(Family):
                     f"a multiple of {2 * scale}")
         return pipeline.transformer.config.in_channels // 4, height // scale, width // scale
 
-    def shift(self, pipeline: FluxPipeline, height: int, width: int) -> float:
+    def shift(self, pipeline: FluxPipeline, height: int, width: int, steps: int = 50) -> float:
         "Fixed, or growing with the number of tokens, as the scheduler says."
-        config = pipeline.scheduler.config
-        if not config.get("use_dynamic_shifting"): return fixed_shift(pipeline)
-        kind = config.get("time_shift_type", "exponential")
-        good = kind == "exponential" and not config.get("shift_terminal")
-        require(good, "pipeline.scheduler", f"a {kind} shift",
-                "an exponential one without a terminal")
         _, h, w = self.latent_shape(pipeline, height, width)
-        least, most = config.base_image_seq_len, config.max_image_seq_len
-        part = (h * w / 4 - least) / (most - least)
-        return math.exp(config.base_shift + (config.max_shift - config.base_shift) * part)
+        return shift_of_size(pipeline, h * w // 4)
 
     def velocity(self, transformer: FluxTransformer2DModel, x: Tensor, t: Tensor,
-                 embeds: Tensor, pooled: Tensor, scale: float) -> Tensor:
+                 cond: dict[str, Tensor], scale: float) -> Tensor:
         "Packed latents, their places, and the guidance if this transformer was taught to obey it."
         height, width = x.shape[2:]
         rows, columns = torch.arange(height // 2), torch.arange(width // 2)
         places = F.pad(torch.cartesian_prod(rows, columns), (1, 0)).to(x)
         told = torch.full_like(t, scale) if transformer.config.guidance_embeds else None
-        v = transformer(pack_latents(x), embeds, pooled, t, places,
-                        x.new_zeros(embeds.shape[1], 3), told, return_dict=False)[0]
+        v = transformer(pack_latents(x), cond["embeds"], cond["pooled"], t, places,
+                        x.new_zeros(cond["embeds"].shape[1], 3), told, return_dict=False)[0]
         return unpack_latents(v, height, width)
 
 

@@ -272,9 +272,8 @@ def scene_velocity(
     texts: list[str],  # N captions
 ) -> Tensor:  # (N, 8, 8, 8)
     "The transformer's velocity, with gradients into the text encoders."
-    embeds, pooled = SD3.encode(pipeline, texts, LENGTH)
-    return pipeline.transformer(x, encoder_hidden_states=embeds, pooled_projections=pooled,
-                                timestep=1000 * t, return_dict=False)[0]
+    told = SD3.encode(pipeline, texts, LENGTH)
+    return SD3.velocity(pipeline.transformer, x, t, told, 1.0)
 
 
 def scene_loss(

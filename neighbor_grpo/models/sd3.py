@@ -19,14 +19,15 @@ with quiet(): from diffusers import SD3Transformer2DModel, StableDiffusion3Pipel
 class SD3Family(Family):
     "Stable Diffusion 3 and 3.5."
     pipeline, guidance = StableDiffusion3Pipeline, "classifier_free"
+    settings = dict(guidance_scale=4.5, train_guidance_scale=4.5)
 
     def encode(self, pipeline: StableDiffusion3Pipeline, prompts: list[str],
-               max_sequence_length: int) -> tuple[Tensor, Tensor]:
+               max_sequence_length: int) -> dict[str, Tensor]:
         "Tokens of two CLIP encoders, then T5's; the CLIP encoders' vectors for the whole prompt."
         embeds, _, pooled, _ = pipeline.encode_prompt(
             prompts, prompts, prompts, do_classifier_free_guidance=False,
             max_sequence_length=max_sequence_length, device=pipeline.text_encoder.device)
-        return embeds, pooled
+        return dict(embeds=embeds, pooled=pooled)
 
     def latent_shape(self, pipeline: StableDiffusion3Pipeline,
                      height: int, width: int) -> tuple[int, int, int]:
@@ -40,9 +41,9 @@ class SD3Family(Family):
         return config.in_channels, height // scale, width // scale
 
     def velocity(self, transformer: SD3Transformer2DModel, x: Tensor, t: Tensor,
-                 embeds: Tensor, pooled: Tensor, scale: float) -> Tensor:
+                 cond: dict[str, Tensor], scale: float) -> Tensor:
         "The transformer cuts the patches itself; its time runs to 1000."
-        return transformer(x, embeds, pooled, 1000 * t, return_dict=False)[0]
+        return transformer(x, cond["embeds"], cond["pooled"], 1000 * t, return_dict=False)[0]
 
     def dual_targets(self, transformer: SD3Transformer2DModel) -> tuple[str, ...]:
         "The second attention of SD3.5's first blocks, for the image alone."

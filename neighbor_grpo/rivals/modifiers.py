@@ -78,7 +78,7 @@ class Modifier(StepAlgorithm):
         return self.algorithm.advantages(*arguments, **named)
     def choose(self, *arguments): return self.algorithm.choose(*arguments)
     def loss(self, *arguments, **named): return self.algorithm.loss(*arguments, **named)
-    def fitted(self, shift): return replace(self, algorithm=self.algorithm.fitted(shift))
+    def fitted(self, shift_at): return replace(self, algorithm=self.algorithm.fitted(shift_at))
     def recall(self, *arguments): return self.algorithm.recall(*arguments)
     def remember(self, *arguments): return self.algorithm.remember(*arguments)
     def distance_weights(self, *arguments):

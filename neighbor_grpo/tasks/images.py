@@ -37,7 +37,7 @@ from ..runs.machine import choose_device
 from ..runs.pictures import draw_panels, image_grid
 from ..models.pipeline import (
     Family, PipelinePolicy, PipelineSettings, PipelineTask, WithoutAdapters, absolute, check_source,
-    count_cut, decode, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
+    count_cut, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
 from ..models.flux import FLUX
 from ..models.sd3 import SD3
 from .prompts import OWN, read_prompts
@@ -191,21 +191,30 @@ def is_kept(path: Path, key: str) -> bool:
 
 # %% ../../nbs/tasks/images.ipynb #4e012c73
 # as safetensors calls them
-TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL",
+         torch.int64: "I64"}
+
+def stored(
+    value: Tensor,
+    dtype: torch.dtype,  # of numbers that have a point
+) -> Tensor:  # contiguous, on the CPU; a mask stays as it is
+    "What is kept of an encoded prompt."
+    return value.to("cpu", dtype if value.is_floating_point() else None).contiguous()
+
 
 def begin_file(
     file: BinaryIO,
-    shapes: dict[str, tuple[int, ...]],  # of the tensors that will stand in it
-    dtype: torch.dtype,
+    parts: dict[str, Tensor],  # the first of what will stand in it
+    count: int,  # rows that each tensor will have
     key: str,  # for the metadata
 ) -> dict[str, int]:  # where each tensor begins, in bytes
     "The header of a safetensors file, in which the sizes stand before the numbers."
-    ends = list(
-        itertools.accumulate(math.prod(shape) * dtype.itemsize for shape in shapes.values())
-    )
+    shapes = {name: (count, *value.shape[1:]) for name, value in parts.items()}
+    ends = list(itertools.accumulate(math.prod(shape) * parts[name].dtype.itemsize
+                                     for name, shape in shapes.items()))
     places = dict(zip(shapes, zip([0, *ends], ends)))
-    header = {name: dict(dtype=TYPES[dtype], shape=shapes[name], data_offsets=places[name])
-              for name in shapes}
+    header = {name: dict(dtype=TYPES[parts[name].dtype], shape=shapes[name],
+                         data_offsets=places[name]) for name in shapes}
     text = json.dumps({"__metadata__": {"key": key}} | header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -215,14 +224,15 @@ def begin_file(
 def collect(
     parts: Iterator[dict[str, Tensor]],  # of some prompts each, in order
     count: int,  # prompts of all parts
-    dtype: torch.dtype,
+    dtype: torch.dtype,  # of numbers that have a point
 ) -> dict[str, Tensor]:  # count rows each, on the CPU
     "Put what was encoded together in memory, which is taken once."
-    told, done = {}, 0
+    told: dict[str, Tensor] = {}
+    done = 0
     for part in parts:
         for name, value in part.items():
-            if name not in told:
-                told[name] = torch.empty(count, *value.shape[1:], dtype=dtype)
+            value = stored(value, dtype)
+            if name not in told: told[name] = value.new_empty(count, *value.shape[1:])
             told[name][done:done + len(value)] = value
         done += len(value)
     return told
@@ -233,18 +243,17 @@ def write_encoded(
     key: str,  # what the prompts are known by, in the file's metadata
     parts: Iterator[dict[str, Tensor]],  # of some prompts each, in order
     count: int,  # prompts of all parts
-    dtype: torch.dtype,
+    dtype: torch.dtype,  # of numbers that have a point
 ) -> None:
     "Write what was encoded to a safetensors file as it comes."
     with open(path, "wb") as file:
         starts, done = None, 0
         for part in parts:
-            starts = starts or begin_file(
-                file, {name: (count, *value.shape[1:]) for name, value in part.items()}, dtype, key
-            )
+            part = {name: stored(value, dtype) for name, value in part.items()}
+            starts = starts or begin_file(file, part, count, key)
             for name, value in part.items():
-                file.seek(starts[name] + done * value[0].numel() * dtype.itemsize)
-                file.write(value.to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+                file.seek(starts[name] + done * value[0].nbytes)
+                file.write(value.view(torch.uint8).numpy())
             done += len(value)
         file.flush()
         os.fsync(file.fileno())
@@ -271,7 +280,8 @@ def encode_and_drop(
     device: torch.device,  # where the encoders work
     progress: bool = True,  # show a progress bar
     keep: Keep = collect,  # where what they said goes
-) -> dict[str, Tensor] | None:  # of `keep`: embeds (N, L, D), pooled (N, E), of the encoders' dtype
+    negative: bool = False,  # ask about the negative prompt too: the last row
+) -> dict[str, Tensor] | None:  # of `keep`: a row for each prompt, of the encoders' dtype
     "Ask the text encoders about each prompt, then let go of them."
     kinds = ("text_encoder", "tokenizer")
     of_text = [name for name in pipeline.components if name.startswith(kinds)]
@@ -279,9 +289,9 @@ def encode_and_drop(
     encoders = [encoder.to(device) for encoder in encoders if encoder is not None]
     if progress: say_cut(pipeline, prompts, max_sequence_length)
     starts = trange(0, len(prompts), 16, desc="prompts", disable=not progress)
-    parts = (encode_prompts(family, pipeline, prompts[i:i + 16], max_sequence_length)
-             for i in starts)
-    told = keep(parts, len(prompts), encoders[0].dtype)
+    asked = itertools.chain((prompts[i:i + 16] for i in starts), [None] * negative)
+    parts = (encode_prompts(family, pipeline, some, max_sequence_length) for some in asked)
+    told = keep(parts, len(prompts) + negative, encoders[0].dtype)
     for name in of_text: setattr(pipeline, name, None)
     return told
 
@@ -294,10 +304,10 @@ def open_encoded(
     device: torch.device,  # where they work
     progress: bool = True,  # show a progress bar
     revision: str | None = None,  # of a model on the hub
-) -> tuple[DiffusionPipeline, dict[str, Tensor]]:  # without encoders, on the CPU; rows by prompt
+) -> tuple[DiffusionPipeline, dict[str, Tensor]]:  # without encoders; by prompt, negative last
     "Open a pipeline and encode the prompts, or find them encoded."
     path = Path(folder) / "prompts.safetensors" if folder else None
-    key, told = fingerprint(settings, prompts), None
+    key, told = fingerprint(settings, [*prompts, ""]), None
     ask = path is None or (not is_kept(path, key) and world()[0] == 0)
     dtype = getattr(torch, settings.precision)
     pipeline = open_pipeline(family, settings.source, dtype, encoders=ask, revision=revision)
@@ -310,7 +320,7 @@ def open_encoded(
             make_folder(path.parent)
             keep = partial(write_encoded, path.with_suffix(".partial"), key)
         length = settings.max_sequence_length
-        told = encode_and_drop(family, pipeline, prompts, length, device, progress, keep)
+        told = encode_and_drop(family, pipeline, prompts, length, device, progress, keep, True)
         if path:
             os.replace(path.with_suffix(".partial"), path)
             sync_folder(path.parent)
@@ -360,12 +370,20 @@ class ImagesTask(PipelineTask):
         self.reward_weights = None if self.judge.total else weights
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
         self.pipeline, self.cond = open_encoded(
-            s, self.family, [*self.texts, ""], folder, self.device, progress, self.revision)
+            s, self.family, self.texts, folder, self.device, progress, self.revision)
         keep_inputs(s, folder, train, held)
         self.shape = self.family.latent_shape(self.pipeline, s.height, s.width)
-        self.shift = self.family.shift(self.pipeline, s.height, s.width)
+        self.shift = self.shift_at(s.eval_steps)
+        self.check_guidance()
         self.policy = self.make_policy(self.pipeline, seed)
         self.pipeline.vae.to(self.device)
+
+    def check_guidance(self) -> None:
+        "Refuse guidance where the pipeline has none."
+        free = self.family.guidance_of(self.pipeline) == "none"
+        for name in ("guidance_scale", "train_guidance_scale") if free else ():
+            value = getattr(self.settings, name)
+            require(value == 1, name, value, "1: this pipeline was distilled to need no guidance")
 
     def make_policy(self, pipeline: DiffusionPipeline, seed: int = 0) -> PipelinePolicy:
         "A policy around a pipeline's transformer."
@@ -391,9 +409,15 @@ class ImagesTask(PipelineTask):
         "The encoded prompts `(P,)`."
         return {key: value.to(self.device) for key, value in take(self.cond, prompts.cpu()).items()}
 
+    def shift_at(self, steps: int) -> float:
+        "The shift of the pipeline's own grid of so many steps."
+        return self.family.shift(self.pipeline, self.settings.height, self.settings.width, steps)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         "`(N, *shape) -> (N, 3, H, W)` in [0, 1]."
-        return decode(self.pipeline, latents, self.settings.decode_batch)
+        parts = latents.split(self.settings.decode_batch)
+        return torch.cat([self.family.decode(self.pipeline, part) for part in parts])
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(N, *shape), (N,) -> (N,)`, or `(N, R)` for R rewards."
