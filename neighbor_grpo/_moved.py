@@ -54,7 +54,7 @@ PARTS = {
         "rivals.forward",
     ),
     "sd3": ("models.pipeline", "models.sd3", "runs.machine"),
-    "training": ("runs.trainer", "runs.folder", "runs.state", "runs.pictures"),
+    "training": ("penalties", "runs.trainer", "runs.folder", "runs.state", "runs.pictures"),
 }
 # What `import *` also takes.
 STARRED = {"training": ["Checkpoints", "Trainer", "plot_run", "read_rows", "run_config"]}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'Plain', 'TrainSettings', 'choose_prompts', 'score',
-           'VelocityPenalty', 'HoldPenalty', 'evaluations', 'forward_equivalents', 'penalties_of', 'check_run', 'Run',
-           'retrace', 'Update', 'plan', 'backward', 'learn', 'iterate', 'metrics', 'train']
+           'penalties_of', 'check_run', 'Run', 'retrace', 'Update', 'plan', 'backward', 'learn', 'iterate', 'metrics',
+           'train']
 
 # %% ../nbs/training.ipynb #a02853c7
 import copy
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from .anchors import sample_subsets
-from .flow import Generators, Velocity, randn, require, seeded
+from .flow import Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards, combine_rewards
-from .rollouts import (Algorithm, Rollout, StepAlgorithm, States, Watched,
-                                    check_types, per_state)
+from .penalties import HoldPenalty, VelocityPenalty
+from .rollouts import (Algorithm, Rollout, States, Watched, check_types,
+                                    per_state)
 
 # %% ../nbs/training.ipynb #7aa3e30c
 class Task:
@@ -198,65 +198,6 @@ def score(
     require(good, "rewards", f"shape {tuple(rewards.shape)}", allowed)
     rewards = rewards.detach().cpu().unflatten(0, (groups, count))
     return check_rewards(rewards.flatten(1)).view_as(rewards)
-
-# %% ../nbs/training.ipynb #4f139bdf
-@dataclass(frozen=True)
-class VelocityPenalty:
-    "Keeps the policy near its reference at the trained states. Others change its methods."
-    weight: float
-
-    def choose(self, algorithm: Algorithm, rollout: Rollout, trained: States,
-               generator: Generators) -> States | None:
-        "States of its own, where the policy is asked once more; None: the trained ones."
-        return None
-
-    def distance(self, policy: Watched, reference: Velocity,
-                 weights: Tensor | float = 1.0) -> Tensor:
-        "What a micro-batch of states, just seen by the policy, adds to the loss."
-        with torch.no_grad(): wanted = reference(*policy.inputs)
-        squares = (policy.v - wanted).square().flatten(1).mean(1)
-        return self.weight * (weights * squares).sum()
-
-    def evaluations(self, algorithm: Algorithm) -> tuple[float, float]:
-        "Further evaluations per sample: with gradient, without (those of the reference)."
-        return 0.0, algorithm.nfe_theta
-
-
-@dataclass(frozen=True)
-class HoldPenalty(VelocityPenalty):
-    "Holds the policy at untrained steps; one more state for each trained candidate."
-
-    def choose(self, algorithm: Algorithm, rollout: Rollout, trained: States,
-               generator: Generators) -> States:
-        assert isinstance(algorithm, StepAlgorithm)  # only those have untrained steps
-        groups, steps = rollout.x.shape[1], torch.tensor(algorithm.untrained)
-        members = trained.member.cpu().view(groups, -1, algorithm.trained_steps)[..., 0]
-        held = steps[sample_subsets(groups, len(steps), 1, generator)]
-        return States.product(held, members, rollout.x.device)
-
-    def evaluations(self, algorithm: Algorithm) -> tuple[float, float]:
-        assert isinstance(algorithm, StepAlgorithm)  # only those have untrained steps
-        more = algorithm.nfe_theta / algorithm.trained_steps
-        return more, more
-
-# %% ../nbs/training.ipynb #8886be21
-def evaluations(
-    algorithm: Algorithm,
-    penalties: Sequence[VelocityPenalty] = (),
-) -> tuple[float, float]:  # per sample
-    "Evaluations of one update: with gradient, and without (those of the reference)."
-    more = [penalty.evaluations(algorithm) for penalty in penalties]
-    trained, asked = (sum(values) for values in zip(*more)) if more else (0, 0)
-    return algorithm.nfe_theta + trained, asked
-
-
-def forward_equivalents(
-    algorithm: Algorithm,
-    penalties: Sequence[VelocityPenalty] = (),
-) -> float:  # per sample
-    "Cost of a rollout and one update; an evaluation with gradient counts as three without."
-    trained, asked = evaluations(algorithm, penalties)
-    return algorithm.nfe_old + 3 * trained + asked
 
 # %% ../nbs/training.ipynb #957a9c8d
 def penalties_of(settings: TrainSettings) -> list[VelocityPenalty]:
@@ -518,12 +459,12 @@ def metrics(
     everyone = torch.cat(run.gather(rewards))
     again = sum(len(update.trained) for update in updates if update.again)
     shares = run.gather(rollout.nfe)
-    trained, _ = evaluations(run.algorithm, run.penalties)
+    more = sum(penalty.evaluations(run.algorithm)[0] for penalty in run.penalties)
     seen = SurrogateStats(sum(run.gather(stats.seen), []))
     return dict(iteration=run.iteration + 1, reward_mean=everyone.mean().item(),
                 reward_std=everyone.std(1, correction=0).mean().item(),
                 nfe_old=sum(shares) / len(shares) + again / rollout.x.shape[1:3].numel(),
-                nfe_theta=trained * len(updates), **seen.summary())
+                nfe_theta=(run.algorithm.nfe_theta + more) * len(updates), **seen.summary())
 
 # %% ../nbs/training.ipynb #8afc6c6e
 def train(

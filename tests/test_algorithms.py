@@ -20,6 +20,7 @@ from neighbor_grpo.grpo import SurrogateStats, clipped_surrogate, group_advantag
 from neighbor_grpo.leaping import leaping_log_probs
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.neighbors import neighbor_noise
+from neighbor_grpo.penalties import HoldPenalty, evaluations
 from neighbor_grpo.reweighting import quasi_norm
 from neighbor_grpo.rivals.catalogue import ALGORITHMS, make
 from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
@@ -28,7 +29,7 @@ from neighbor_grpo.rivals.modifiers import Modifier, base
 from neighbor_grpo.rollouts import States, take
 from neighbor_grpo.solvers import METHODS, solve, step_response
 from neighbor_grpo.tasks.digits import NULL, UNet
-from neighbor_grpo.training import GROUP_KEY, HoldPenalty, Run, Task, TrainSettings, evaluations, iterate, penalties_of
+from neighbor_grpo.training import GROUP_KEY, Run, Task, TrainSettings, iterate, penalties_of
 
 SHAPE = (3, 2, 2)
 SMALL = {

@@ -15,6 +15,7 @@ from torch import nn
 from neighbor_grpo import cli
 from neighbor_grpo.grpo import SurrogateStats
 from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.penalties import VelocityPenalty
 from neighbor_grpo.rivals.catalogue import ALGORITHMS, make, modified
 from neighbor_grpo.rivals.gaussian import FlowGRPO
 from neighbor_grpo.rollouts import Watched
@@ -23,7 +24,6 @@ from neighbor_grpo.runs import tracking
 from neighbor_grpo.runs.machine import choose_device
 from neighbor_grpo.runs.processes import CHECKED, check_environment, check_world, make_accelerator
 from neighbor_grpo.runs.tracking import tracker_names
-from neighbor_grpo.training import VelocityPenalty
 
 SHORT = "train toy --pretrain_steps 2 --iterations 1 --groups 2 --group_size 4 --steps 3 --trained_steps 1 --quiet"
 

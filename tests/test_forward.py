@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats, group_advantages
 from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.penalties import VelocityPenalty, evaluations
 from neighbor_grpo.rivals.catalogue import modified
 from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, ForwardProcess, forward_times
 from neighbor_grpo.rollouts import Algorithm
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import METHODS, solve
 from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
-from neighbor_grpo.training import TrainSettings, VelocityPenalty, evaluations
+from neighbor_grpo.training import TrainSettings
 
 SHAPE = (3, 2, 2)
 NFT = DiffusionNFT(group_size=6, steps=4, trained_steps=3)

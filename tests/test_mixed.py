@@ -24,6 +24,7 @@ from torch.distributions import Normal
 from neighbor_grpo import training
 from neighbor_grpo.flow import denoised, implied_noise, randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats
+from neighbor_grpo.penalties import VelocityPenalty, evaluations
 from neighbor_grpo.rivals.gaussian import SDEGRPO
 from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO, chain, noisy_steps
 from neighbor_grpo.rivals.modifiers import ChunkedRatios, GuardedRatios, TimeWeights, base
@@ -31,7 +32,7 @@ from neighbor_grpo.rivals.sde import cps
 from neighbor_grpo.rollouts import States
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.training import Run, TrainSettings, VelocityPenalty
+from neighbor_grpo.training import Run, TrainSettings
 
 SHAPE = (3, 2, 2)
 MIX = MixGRPO(group_size=4, steps=9, trained_steps=3, window_every=1, shift=3.0)
@@ -302,7 +303,7 @@ def test_evaluations_are_those_reported(algorithm, kl_weight):
             assert iteration > 0 or rollout.nfe == algorithm.nfe_old
         penalties = [(penalty, reference)] if kl_weight else []
         penalized_loss(algorithm, velocity, rollout, advantages, penalties, streams(3, 1))
-        trained, asked = training.evaluations(algorithm, [p for p, _ in penalties])
+        trained, asked = evaluations(algorithm, [p for p, _ in penalties])
         assert velocity.gradient == pytest.approx(samples * trained) and trained == algorithm.nfe_theta
         assert (reference.plain, reference.gradient) == (round(samples * asked), 0)
         assert asked == (trained if kl_weight else 0)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from neighbor_grpo.flow import randn, seeded
+from neighbor_grpo.penalties import VelocityPenalty
 from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar
 from neighbor_grpo.rivals.modifiers import GuardedRatios, TimeWeights
 from neighbor_grpo.rivals.trajectories import TMPO
 from neighbor_grpo.rollouts import Watched
-from neighbor_grpo.training import VelocityPenalty
 
 
 def still(x, t, cond=None):

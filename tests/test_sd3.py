@@ -37,10 +37,10 @@ from neighbor_grpo.models.pipeline import (
 )
 from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.penalties import VelocityPenalty
 from neighbor_grpo.rollouts import Watched, take
 from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.solvers import solve
-from neighbor_grpo.training import VelocityPenalty
 
 PROMPTS, STEPS = ["a cat", "two dogs", "a red bird"], 5
 BOTH = pytest.mark.parametrize("dual", [False, True], ids=["sd3", "sd35"])

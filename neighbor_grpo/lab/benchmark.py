@@ -25,7 +25,8 @@ from ..flow import Velocity, require
 from ..toyflows import VelocityMLP
 from ..runs.trainer import Trainer
 from ..tables import markdown_table
-from ..training import Task, TrainSettings, forward_equivalents
+from ..penalties import forward_equivalents
+from ..training import Task, TrainSettings
 
 # %% ../../nbs/lab/benchmark.ipynb #ce63aafa
 PAPER_SETTINGS = (NeighborGRPO(), FlowGRPO(), DanceGRPO())

@@ -45,7 +45,8 @@ from ..runs.plugins import GIVEN, Plugin
 from ..tables import markdown_table
 from ..runs.pictures import save_picture
 from ..runs.trainer import Trainer, run_config
-from ..training import Task, TrainSettings, evaluations, penalties_of
+from ..penalties import evaluations
+from ..training import Task, TrainSettings, penalties_of
 
 # %% ../../nbs/lab/compare.ipynb #55fdd2ab
 AXES = {"iterations": "iterations", "evaluations": "forward-equivalents", "seconds": "seconds"}
