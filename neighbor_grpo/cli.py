@@ -9,9 +9,10 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_B
            'names_of', 'recipes', 'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe', 'listed',
            'in_one_line', 'overviews', 'train_parser', 'pick', 'pick_algorithm', 'read_early', 'read_command',
            'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave',
-           'train', 'load_run', 'run_folder', 'evaluate', 'sample', 'save', 'bench_model', 'bench', 'read_variant',
-           'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview',
-           'split_plugins', 'versions', 'draw_into_files', 'main']
+           'train', 'load_run', 'run_folder', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts',
+           'evaluate', 'draw_runs', 'sample', 'save', 'bench_model', 'bench', 'read_variant', 'study_parser',
+           'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview', 'split_plugins',
+           'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -58,7 +59,7 @@ from .runs.plugins import (check_plugins, give_plugins, load_installed,
                                         plugin_options, remembered)
 from .runs.folder import (Checkpoints, new_folder, open_run, read_config,
                                        read_rows, world, write_atomically)
-from .runs.pictures import plot_run
+from .runs.pictures import Seen, View, Visible, plot_run
 from .runs.state import load_trained
 from .runs.trainer import Trainer, run_config
 from .rollouts import Algorithm, Settings
@@ -712,7 +713,7 @@ def run_folder(
     command: str,  # its name
     argv: Sequence[str],  # DIR
 ) -> Path:
-    "The one argument of `evaluate` and `sample`."
+    "The one argument of `save`."
     usage = f"neighbor-grpo {command} DIR [--plugin FILE.py]"
     parser = Parser(prog=f"neighbor-grpo {command}", usage=usage,
                     description=COMMANDS[command].__doc__)
@@ -720,24 +721,154 @@ def run_folder(
     return Path(parser.parse_args(list(argv)).dir)
 
 
-def evaluate(
-    argv: Sequence[str],  # DIR
+def look_parser(
+    command: str,  # its name
+) -> Parser:
+    "What `evaluate` and `sample` have in common."
+    usage = f"neighbor-grpo {command} DIR [DIR ...] [--setting value ...]"
+    parser = Parser(prog=f"neighbor-grpo {command}", usage=usage,
+                    description=COMMANDS[command].__doc__)
+    add = parser.add_argument
+    add("dir", nargs="+", help="Folders of runs that train has made.")
+    add("--prompts", metavar="FILE", help="Of prompts, instead of those held out.")
+    add("--steps", type=int, help="Solver steps; without it as in the run's evaluations.")
+    add("--seed", type=int, default=0, help="Of the noise; 0: as in the run's evaluations.")
+    return parser
+
+
+def read_look(
+    values: Namespace,  # of a command line
+    counted: str,  # the option that says how many
+    count: int | None,  # that many samples
+) -> View:
+    "Which samples a command line asks for; a refusal names the option."
+    try: return View(count, values.steps, values.seed)
+    except ValueError as e:
+        raise ValueError(f"--{str(e).replace('count', counted, 1)}") from e
+
+
+def refuse_options(
+    task: Task,
+    name: str,  # of the task
+    values: Namespace,  # of a command line
 ) -> None:
-    "Print the held-out figures of a run's newest checkpoint and its base; write nothing."
-    task, velocity, state = load_run(run_folder("evaluate", argv))
-    policies = {"before": task.base, f"at {state['iteration']}": velocity}
-    print_figures({title: task.evaluate(policy) for title, policy in policies.items()})
+    "Options that a task does not have are refused by name."
+    lacks = [] if isinstance(task, Visible) else ["images", "count", "steps", "seed"]
+    if not (isinstance(task, Visible) and task.takes_prompts):
+        lacks += ["prompts", "prompt", "rewards"]
+    for option in lacks:
+        unset = values.get(option) in (None, [], 0)
+        require(unset, f"--{option}", values.get(option), f"left out: {name} has no such option")
+
+
+def looks_at(
+    values: Namespace,  # of a command line
+    view: View,
+    prompts: dict[str, dict],  # with their records; empty: those held out
+    rewards: str | None = "",  # further judges; None: those that need no weights
+) -> list:  # of `Look`: each base, before its runs
+    "The policies of runs and their bases, one after the other."
+    looking = importlib.import_module("neighbor_grpo.lab.looking")
+    configs = {folder: read_config(folder) for folder in dict.fromkeys(values.dir)}
+    bases, looks = {}, []
+    for folder, config in configs.items():
+        task, velocity, state = load_run(folder)
+        refuse_options(task, config["task_name"], values)
+        if prompts and isinstance(task, Visible): task.ask(prompts)
+
+        def see(policy: nn.Module) -> Seen:
+            if not isinstance(task, Visible): return Seen(task.evaluate(policy), [])
+            seen = task.look(policy, view)
+            if not task.takes_prompts: return seen
+            device = next(task.policy.parameters()).device
+            return looking.judged(seen, task.rewards, rewards, device)
+
+        trained = task.trained_on if isinstance(task, Visible) else ("reward",)
+        at, name = state["iteration"], Path(folder).resolve().name
+        key = json.dumps([config["task_name"], config["task"], config["training"]["seed"]])
+        if key not in bases:
+            title = f"{name}, before" if bases else "before"
+            bases[key] = before = see(task.base)
+            looks.append(looking.Look(title, looking.summary(before, None, trained), before))
+        after, title = see(velocity), f"{name} at {at}" if len(configs) > 1 else f"at {at}"
+        figures = looking.summary(after, bases[key], trained)
+        looks.append(looking.Look(title, figures, after, str(folder), at))
+    return looks
+
+
+def asked_prompts(
+    values: Namespace,  # of a command line
+) -> dict[str, dict]:  # the record of each
+    "The prompts that a command line gives, or none."
+    from neighbor_grpo.tasks.prompts import read_prompts
+    texts = values.get("prompt") or []
+    return dict.fromkeys([*texts, *(read_prompts(values.prompts) if values.prompts else [])], {})
+
+
+def evaluate(
+    argv: Sequence[str],  # DIR [DIR ...] [--setting value ...]
+) -> None:
+    """Print held-out figures of runs and their bases, with intervals and signs of hacking; write
+    nothing without --out."""
+    parser = look_parser("evaluate")
+    add = parser.add_argument
+    add("--rewards", help="Further judges, as in train; without it those without weights.")
+    add("--images", type=int, help="Samples; without it as in the run's evaluations.")
+    add("--json", action="store_true", help="Print JSON instead of a table.")
+    add("--out", metavar="FILE", help="Write what is printed to a file as well.")
+    v = parser.parse_args(list(argv))
+    looking = importlib.import_module("neighbor_grpo.lab.looking")
+    looks = looks_at(v, read_look(v, "images", v.images), asked_prompts(v), v.rewards)
+    shown = looking.as_table(looks)
+    if v.json: shown = json.dumps(looking.as_json(looks), indent=1, allow_nan=False)
+    print(shown)
+    if v.out: write_atomically(Path(v.out), shown + "\n")
+
+
+def draw_runs(
+    folders: Sequence[str],  # of runs of one task
+    out: str | None,  # of the picture; None: in the one folder
+) -> Path:
+    "Samples as the task draws them."
+    names = {read_config(folder).get("task_name") for folder in folders}
+    require(len(names) == 1, "DIR", ", ".join(map(str, folders)), "runs of one task")
+    runs = {Path(folder).resolve().name: load_run(folder) for folder in folders}
+    policies = {}
+    for name, (task, velocity, state) in runs.items():
+        policies.setdefault("before", task.base)
+        after = f"after {state['iteration']} iterations"
+        policies[f"{name} {after}" if len(runs) > 1 else after] = velocity
+    at = next(iter(runs.values()))[2]["iteration"]
+    path = Path(out) if out else Path(folders[0]) / f"samples-{at:06d}.png"
+    next(iter(runs.values()))[0].draw(policies, path)
+    return path
 
 
 def sample(
-    argv: Sequence[str],  # DIR
+    argv: Sequence[str],  # DIR [DIR ...] [--setting value ...]
 ) -> None:
-    "Draw samples of a run's newest checkpoint and its base: DIR/samples-ITERATION.png."
-    folder = run_folder("sample", argv)
-    task, velocity, state = load_run(folder)
-    path = folder / f"samples-{state['iteration']:06d}.png"
-    after = f"after {state['iteration']} iterations"
-    task.draw({"before": task.base, after: velocity}, path)
+    """Draw samples of runs and their bases, to --out or DIR/samples-ITERATION.png; for prompts of
+    your own with --prompt."""
+    parser = look_parser("sample")
+    add = parser.add_argument
+    add("--prompt", action="append", help="A text to draw for; may be repeated.")
+    add("--count", type=int, help="Samples of each prompt that is given, or of all held out.")
+    add("--out", metavar="FILE", help="A picture, or a folder for each image as it is.")
+    v = parser.parse_args(list(argv))
+    require(v.out is not None or len(v.dir) == 1, "--out", v.out, "given where runs are several")
+    picture = v.out is None or Path(v.out).suffix.lower() in (".png", ".jpg", ".jpeg")
+    prompts = asked_prompts(v)
+    view = read_look(v, "count", (v.count or 4) * (len(prompts) or 2))
+    plain = not prompts and v.count is None and v.steps is None and not v.seed
+    if plain and picture: return print(draw_runs(v.dir, v.out))
+    looking = importlib.import_module("neighbor_grpo.lab.looking")
+    looks = looks_at(v, view, prompts)
+    shown = all(look.seen.images is not None for look in looks)
+    option = next((name for name in ("count", "steps", "seed") if v[name]), "out")
+    require(shown, f"--{option}", v[option], "left out: these samples are no images")
+    at = f"samples-{looks[-1].iteration:06d}-asked.png"
+    path = Path(v.out) if v.out else Path(v.dir[0]) / at
+    (looking.write_sheet if picture else looking.write_images)(looks, path)
     print(path)
 
 

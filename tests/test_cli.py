@@ -68,9 +68,13 @@ def test_evaluate_prints_the_figures_of_the_newest_checkpoint(run_folder, capsys
     folder, _ = run_folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert main(["evaluate", str(folder)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    header, _, *lines = capsys.readouterr().out.splitlines()
     last = read_rows(folder / "eval.jsonl")[-1]
-    assert lines[-1].split()[-4:] == ["12", *(f"{last[key]:.4g}" for key in ("reward", "share", "spread"))]
+    assert [word.strip() for word in header.split("|")[3:6]] == ["before", "at 12", "difference"]
+    cells = [[word.strip() for word in line.split("|")] for line in lines]
+    assert {row[1]: row[4].split()[0] for row in cells} == {
+        key: f"{last[key]:.3g}" for key in ("reward", "share", "spread")
+    }
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

@@ -51,6 +51,7 @@ from neighbor_grpo.models.miniature import (
 from neighbor_grpo.models.pipeline import MINIATURE, PipelinePolicy, decode, encode_prompts, open_pipeline
 from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rewards.signs import SIGNS
 from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.machine import quiet
@@ -572,7 +573,8 @@ def test_the_reward_is_the_verifiers_of_what_is_decoded(reward, source, monkeypa
 def test_an_evaluation_has_its_figures_and_repeats_itself(source):
     task = make_task(source, ScenesTask)
     figures = task.evaluate(task.base)
-    assert figures.keys() == {"reward", "train", "unseen", "single", "other", "radius", "diversity"}
+    known = {"reward", "train", "unseen", "single", "other", "radius", "diversity"}
+    assert figures.keys() == known | SIGNS.keys()
     torch.rand(3)
     assert task.evaluate(task.policy) == figures, "the policy starts as the base"
     assert all(math.isfinite(value) for value in figures.values())
@@ -582,8 +584,10 @@ def test_an_evaluation_has_its_figures_and_repeats_itself(source):
 
 def test_empty_images_have_figures_too(source, monkeypatch):
     task = make_task(source, ScenesTask, rewarded="relation")
-    monkeypatch.setattr(task, "sample", lambda velocity, captions: torch.full((len(captions), 3, 32, 32), 0.1))
-    assert set(task.evaluate(task.base).values()) == {0.0}
+    empty = lambda pipeline, velocity, captions, *more: (torch.full((len(captions), 3, 32, 32), 0.1), torch.zeros(1))
+    monkeypatch.setattr(miniature, "solve_images", empty)
+    figures = task.evaluate(task.base)
+    assert figures.pop("kilobytes") > 0 and set(figures.values()) == {0.0}
 
 
 def test_pictures_are_saved(source, tmp_path):

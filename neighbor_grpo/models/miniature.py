@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LENGTH', 'CARD', 'KINDS', 'PROGRESS', 'spell', 'clip_vocabulary', 'make_tokenizers', 'make_pipeline',
            'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'scene_velocity',
-           'scene_loss', 'networks_of', 'with_networks', 'train_transformer', 'draw_images', 'cycle', 'accuracies',
-           'wilson', 'model_card', 'claim_pretraining', 'open_log', 'pretrain_vae', 'make_miniature', 'pretrain',
-           'ScenesSettings', 'ScenesTask', 'within']
+           'scene_loss', 'networks_of', 'with_networks', 'train_transformer', 'solve_images', 'draw_images', 'cycle',
+           'accuracies', 'wilson', 'model_card', 'claim_pretraining', 'open_log', 'pretrain_vae', 'make_miniature',
+           'pretrain', 'ScenesSettings', 'ScenesTask', 'within']
 
 # %% ../../nbs/models/miniature.ipynb #c72ccd2c
 import copy
@@ -43,7 +43,8 @@ from .pipeline import (
 from .sd3 import SD3
 from ..runs.machine import quiet
 from ..solvers import solve
-from ..runs.pictures import draw_panels, image_grid
+from ..rewards.signs import signs_of, velocity_norm
+from ..runs.pictures import Seen, View, draw_panels, image_grid
 from ..runs.state import Snapshot
 
 # %% ../../nbs/models/miniature.ipynb #e1abb225
@@ -355,6 +356,23 @@ def train_transformer(
 
 # %% ../../nbs/models/miniature.ipynb #4c60db39
 @torch.no_grad()
+def solve_images(
+    pipeline: StableDiffusion3Pipeline,
+    velocity: Velocity,
+    captions: list[Caption],  # N of them
+    steps: int = 8,  # of the solver
+    seed: int = 0,  # of the noise
+) -> tuple[Tensor, Tensor]:  # (N, 3, 32, 32) in [0, 1]; (N,) norms of the velocities
+    "Images for captions, always from the same noise."
+    cond = encode_prompts(SD3, pipeline, [str(caption) for caption in captions], LENGTH)
+    noise = randn((len(captions), *SD3.latent_shape(pipeline, SIZE, SIZE)), seeded(seed, 9))
+    ts = time_grid(steps, SD3.shift(pipeline, SIZE, SIZE))
+    rows = torch.arange(len(captions)).split(192)
+    paths = [solve(velocity, noise[part], ts, take(cond, part)) for part in rows]
+    norms = torch.cat([velocity_norm(path.v) for path in paths])
+    return decode(pipeline, torch.cat([path.x[-1] for path in paths]), 256), norms
+
+
 def draw_images(
     pipeline: StableDiffusion3Pipeline,
     velocity: Velocity,
@@ -362,16 +380,8 @@ def draw_images(
     steps: int = 8,  # of the solver
     seed: int = 0,  # of the noise
 ) -> Tensor:  # (N, 3, 32, 32) in [0, 1]
-    "Images for captions, always from the same noise."
-    cond = encode_prompts(SD3, pipeline, [str(caption) for caption in captions], LENGTH)
-    noise = randn((len(captions), *SD3.latent_shape(pipeline, SIZE, SIZE)), seeded(seed, 9))
-    ts = time_grid(steps, SD3.shift(pipeline, SIZE, SIZE))
-    rows = torch.arange(len(captions)).split(192)
-    return decode(
-        pipeline,
-        torch.cat([solve(velocity, noise[part], ts, take(cond, part)).x[-1] for part in rows]),
-        256,
-    )
+    "The images of `solve_images` alone."
+    return solve_images(pipeline, velocity, captions, steps, seed)[0]
 
 # %% ../../nbs/models/miniature.ipynb #c7a94dfa
 def cycle(
@@ -653,8 +663,9 @@ class ScenesTask(PipelineTask):
         self.shift = SD3.shift(self.pipeline, SIZE, SIZE)
         split = split_captions(settings.rewarded)
         other = split_captions("relation" if settings.rewarded == "count" else "count")
-        self.captions = split["train"]
+        self.captions, self.held = split["train"], split["held"]
         self.prompts = len(self.captions)
+        self.trained_on = ("reward" if settings.reward == "strict" else "graded",)
         self.watched = {"reward": split["held"], "train": split["train"], "unseen": split["unseen"],
                         "single": all_captions("single"), "other": other["train"] + other["held"]}
         self.watched = {name: cycle(captions, settings.eval_images)
@@ -686,14 +697,33 @@ class ScenesTask(PipelineTask):
         "Images for captions, always from the same noise."
         return draw_images(self.pipeline, velocity, captions, self.settings.eval_steps, seed)
 
+    def look(self, velocity: Velocity, view: View = View()) -> Seen:
+        "Images for held-out captions: strict accuracy (`reward`), graded, and signs of hacking."
+        captions = cycle(self.held, view.count or self.settings.eval_images)
+        images, norms = solve_images(self.pipeline, velocity, captions,
+                                     view.steps or self.settings.eval_steps, view.seed)
+        strict, graded = verify(images, captions)
+        known = dict(reward=strict, graded=graded) | signs_of(images)
+        known |= dict(velocity_norm=norms, diversity=within(images, captions))
+        return Seen(known, [str(caption) for caption in captions], images)
+
+    def ask(self, prompts: dict[str, dict]) -> None:
+        "Look at images for these captions."
+        kinds = ("single", "count", "relation")
+        known = {str(caption): caption for kind in kinds for caption in all_captions(kind)}
+        for text in prompts:
+            require(text in known, "prompts", text, "captions of scenes, such as two red circles")
+        self.held = [known[text] for text in prompts]
+
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
         """Strict accuracy on captions held out (`reward`), trained, unseen, and of kinds not
-        rewarded."""
-        images = {name: self.sample(velocity, captions) for name, captions in self.watched.items()}
-        row = {name: verify(images[name], captions)[0].mean().item()
-               for name, captions in self.watched.items()}
-        radius = find(images["reward"]).radius.mean().nan_to_num().item()
-        return row | dict(radius=radius, diversity=within(images["reward"], self.watched["reward"]))
+        rewarded; signs of hacking."""
+        seen, row = self.look(velocity), {}
+        signs = {name: value for name, value in seen.means().items() if name != "graded"}
+        for name, captions in self.watched.items():
+            images = seen.images if name == "reward" else self.sample(velocity, captions)
+            row[name] = verify(images, captions)[0].mean().item()
+        return row | dict(radius=find(seen.images).radius.mean().nan_to_num().item()) | signs
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save a grid of held-out images of each policy, side by side."

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from ..flow import Shift, require
 from ..rollouts import check_types, take
-from ..training import Task
 from ..runs.folder import (
     checksum, make_folder, read_sealed, seal, world, write_atomically)
 from ..runs.machine import is_path, quiet, say_asking
+from ..runs.pictures import Visible
 
 # %% ../../nbs/models/pipeline.ipynb #5385ba25
 IMAGE_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -175,16 +175,17 @@ def read_pipeline(
     encoders: bool,  # with its text encoders and tokenizers
     offline: bool,  # from this machine alone
     revision: str | None,  # of a model on the hub
+    **parts: None,  # what else is left out
 ) -> DiffusionPipeline:
     "A pipeline of the wanted kind as diffusers opens it; an `OSError` if something is missing."
     config = kind.load_config(source, local_files_only=offline, revision=revision)
     found = config.get("_class_name")
     allowed = f"a folder with a {kind.__name__}"
     require(found == kind.__name__, "source", f"{source}, a {found}", allowed)
-    parts, of_text = parts_in(config, kind, source), re.compile("text_encoder|tokenizer")
+    there, of_text = parts_in(config, kind, source), re.compile("text_encoder|tokenizer")
     names = [name for name in inspect.signature(kind).parameters if of_text.match(name)]
-    left_out = {name: None for name in names if not encoders or name not in parts}
-    variant = variant_in(Path(source), parts - left_out.keys())
+    left_out = parts | {name: None for name in names if not encoders or name not in there}
+    variant = variant_in(Path(source), there - left_out.keys())
     try:
         with quiet() if offline else nullcontext():  # a download of gigabytes keeps its bar
             return kind.from_pretrained(
@@ -218,6 +219,7 @@ def open_pipeline(
     device: torch.device | str = "cpu",  # where they go
     encoders: bool = True,  # with its text encoders and tokenizers
     revision: str | None = None,  # of the hub; None: the one on this machine, else the newest
+    networks: bool = True,  # with its transformer and decoder
 ) -> DiffusionPipeline:  # every network in eval mode, without gradients
     "Open a pipeline, from safetensors only."
     source, kind = located(source), family.pipeline
@@ -227,10 +229,11 @@ def open_pipeline(
     require(not Path(source).is_file(), "source", f"{source}, a single file",
             f"{allowed}; diffusers makes one by {convert}")
     require(local or not is_path(source), "source", source, allowed)
+    parts = {} if networks else dict(transformer=None, vae=None)
     for offline in (True,) if local else (True, False):
         if not offline and not constants.HF_HUB_OFFLINE: say_asking(source)
         try:
-            pipeline = read_pipeline(source, dtype, kind, encoders, offline, revision)
+            pipeline = read_pipeline(source, dtype, kind, encoders, offline, revision, **parts)
             break
         except OSError as e: error = e
     else:
@@ -621,10 +624,10 @@ class WithoutAdapters(nn.Module):
         with adapters_off(policy.transformer): return policy.guided(x, t, cond, self.scale)
 
 # %% ../../nbs/models/pipeline.ipynb #a8e07d39
-class PipelineTask(Task):
+class PipelineTask(Visible):
     "What tasks around a pipeline have in common."
     policy: PipelinePolicy
-    saves = True
+    saves, takes_prompts = True, True
 
     # the policy's own
     coarse = property(attrgetter("policy.coarse"))

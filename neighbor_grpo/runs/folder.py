@@ -552,7 +552,9 @@ def check_config(
     for name in (key for key in {**old, **new} if key not in free):
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict): check_config(a, b, free)
-        else: require(a == b, name, b, f"{a!r}, as in the run that is resumed")
+        else:
+            newer = name not in old and not b  # than the run: unset, it changes nothing
+            require(a == b or newer, name, b, f"{a!r}, as in the run that is resumed")
 
 
 def check_folder(

@@ -24,9 +24,8 @@ from ..flow import Velocity, randn, require, seeded, time_grid
 from ..toyflows import TimeEmbedding, train_flow
 from ..solvers import solve
 from ..runs.folder import load_or_train
-from ..runs.pictures import draw_panels, image_grid
+from ..runs.pictures import Seen, View, Visible, draw_panels, image_grid
 from ..runs.state import snapshot_of
-from ..training import Task
 
 # %% ../../nbs/tasks/digits.ipynb #103f1eb7
 NULL = 10  # the label that stands for any digit
@@ -169,7 +168,7 @@ class DigitsSettings:
                     f"an integer >= {least}")
 
 # %% ../../nbs/tasks/digits.ipynb #08632488
-class DigitsTask(Task):
+class DigitsTask(Visible):
     "The digits rung: a class-conditional flow, trained without a label toward one digit."
     shape, prompts = (1, 8, 8), 1
 
@@ -214,25 +213,31 @@ class DigitsTask(Task):
 
     @torch.no_grad()
     def sample(self, velocity: Velocity, count: int,  # number of samples
-               label: int = NULL) -> Tensor:  # (count, 1, 8, 8)
+               label: int = NULL, view: View = View()) -> Tensor:  # (count, 1, 8, 8)
         "Held-out samples: always the same noise."
-        noise = randn((count, *self.shape), seeded(0))
-        return solve(velocity, noise, time_grid(self.settings.eval_steps),
+        noise = randn((count, *self.shape), seeded(view.seed))
+        return solve(velocity, noise, time_grid(view.steps or self.settings.eval_steps),
                      torch.full((count,), label)).x[-1]
 
     @torch.no_grad()
-    def evaluate(self, velocity: Velocity, label: int = NULL) -> dict[str, float]:
+    def look(self, velocity: Velocity, view: View = View(), label: int = NULL) -> Seen:
         """Held-out `reward`; the `judge`'s probability; `frechet` and `diversity` against
         real images of what is wanted."""
-        samples = self.sample(velocity, self.settings.eval_samples, label)
+        samples = self.sample(velocity, view.count or self.settings.eval_samples, label, view)
         seen = samples.clamp(-1, 1)  # as a screen would show them
         probability, features = self.judge(seen).softmax(1), self.judge.features
-        return dict(
-            reward=self.reward(samples).mean().item(),
-            judge=probability[:, self.settings.target].mean().item(),
+        known = dict(
+            reward=self.reward(samples),
+            judge=probability[:, self.settings.target],
             frechet=frechet_distance(features(seen), features(self.real)),
             diversity=diversity(seen, self.real),
         )
+        images = (seen.expand(-1, 3, -1, -1) + 1) / 2
+        return Seen(known, [""] * len(seen), images)
+
+    def evaluate(self, velocity: Velocity, label: int = NULL) -> dict[str, float]:
+        "The means of the samples' figures."
+        return self.look(velocity, label=label).means()
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         "Save a grid of held-out images of each policy, side by side."

@@ -34,7 +34,8 @@ from ..rewards.judges import Rewards, make_rewards, parse_rewards, reward_names
 from ..runs.folder import (
     checksum, gather, make_folder, read_sealed, seal, sync_folder, world, write_atomically)
 from ..runs.machine import choose_device
-from ..runs.pictures import draw_panels, image_grid
+from ..rewards.signs import diversity, signs_of, velocity_norm
+from ..runs.pictures import Seen, View, draw_panels, image_grid
 from ..models.pipeline import (
     Family, PipelinePolicy, PipelineSettings, PipelineTask, WithoutAdapters, absolute, check_source,
     count_cut, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
@@ -61,6 +62,8 @@ class ImagesSettings(PipelineSettings):
     rewards: str = "compressibility"
     """[WEIGHT*]NAME[@SOURCE], with commas between them: compressibility, clip, pickscore, hps,
     aesthetic, remote@URL."""
+    judges: str = ""
+    "Rewards that judge evaluations and are not trained on, in the same form."
     combine: Literal["advantages", "rewards"] = "advantages"
     "Several rewards: add what is standardized within each group, or the rewards as they are."
     height: int = 512
@@ -88,15 +91,15 @@ class ImagesSettings(PipelineSettings):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         length = self.max_sequence_length
         require(1 <= length <= 512, "max_sequence_length", length, "in [1, 512]")
-        parse_rewards(self.rewards)
-        rewards = [entry.partition("@") for entry in self.rewards.split(",")]
         found = lambda place: os.path.abspath(place) if place and Path(place).exists() else place
-        rewards = [name + at + found(place) for name, at, place in rewards]
+        lists = {name: getattr(self, name) for name in ("rewards", "judges")}
+        for name, text in lists.items():
+            if text or name == "rewards": parse_rewards(text)
+            entries = [entry.partition("@") for entry in text.split(",")]
+            lists[name] = ",".join(name + at + found(place) for name, at, place in entries)
         given = {name: getattr(self, name) for name in GIVEN}
         paths = {name: path and os.path.abspath(path) for name, path in given.items()}
-        for name, value in dict(
-            paths, source=absolute(self.source), rewards=",".join(rewards)
-        ).items():
+        for name, value in dict(paths, source=absolute(self.source), **lists).items():
             object.__setattr__(self, name, value)  # holds in any working directory
 
 # %% ../../nbs/tasks/images.ipynb #eb8499e5
@@ -368,6 +371,9 @@ class ImagesTask(PipelineTask):
         self.names = reward_names(s.rewards)
         self.judge = Rewards(judges, weights, s.combine == "rewards")
         self.reward_weights = None if self.judge.total else weights
+        self.rewards, self.trained_on = s.rewards, ("reward", *self.names)
+        watched = reward_names(f"{s.rewards},{s.judges}")[len(judges):] if s.judges else []
+        self.watched = dict(zip(watched, make_rewards(s.judges, self.device)[0] if watched else []))
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
         self.pipeline, self.cond = open_encoded(
             s, self.family, self.texts, folder, self.device, progress, self.revision)
@@ -424,36 +430,78 @@ class ImagesTask(PipelineTask):
         return self.judge(self.decode(samples), [self.texts[i] for i in prompts.tolist()])
 
     @torch.no_grad()
-    def sample(self, velocity: Velocity, numbers: list[int]) -> tuple[Tensor, list[str]]:
-        "Held-out images of given numbers, each from noise of its own, and their prompts."
+    def solved(self, velocity: Velocity, numbers: list[int],
+               view: View = View()) -> tuple[Tensor, list[str], Tensor]:
+        "Held-out images of given numbers, each from its own noise; prompts; norms of velocities."
         rows = torch.tensor([self.prompts + number % self.held for number in numbers])
-        draws = [seeded(0, number) for number in numbers]
+        draws = [seeded(view.seed, number) for number in numbers]
         noise = randn((len(rows), *self.shape), draws, self.device)
-        ts = time_grid(self.settings.eval_steps, self.shift)
+        ts = time_grid(view.steps or self.settings.eval_steps, self.shift)
         path = solve(velocity, noise, ts, self.conditions(rows))
-        return self.decode(path.x[-1]), [self.texts[row] for row in rows.tolist()]
+        texts = [self.texts[row] for row in rows.tolist()]
+        return self.decode(path.x[-1]), texts, velocity_norm(path.v)
+
+    def sample(self, velocity: Velocity, numbers: list[int]) -> tuple[Tensor, list[str]]:
+        "Held-out images of given numbers, and their prompts."
+        return self.solved(velocity, numbers)[:2]
+
+    def judged(self, images: Tensor, texts: list[str], norms: Tensor) -> dict[str, Tensor]:
+        "Of each image: what the rewards say, what judges say, and signs of hacking."
+        judges = dict(zip(self.names, self.judge.rewards)) | self.watched
+        scores = {name: judge(images, texts) for name, judge in judges.items()}
+        return scores | signs_of(images) | dict(velocity_norm=norms)
+
+    def see(self, velocity: Velocity, numbers: list[int],
+            most: int,  # numbers that any process has
+            view: View = View()) -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
+        "Numbers, images and figures, a batch at a time, as often in each process."
+        count = min(self.settings.decode_batch, self.settings.batch or self.settings.decode_batch)
+        for start in range(0, most, count):
+            some = numbers[start:start + count]
+            images, *known = self.solved(velocity, some or [0], view)
+            if some: yield some, images.cpu(), self.judged(images.cpu(), *known)
+
+    def total(self, known: dict[str, Tensor]) -> dict[str, Tensor]:
+        "The weighted sum of the rewards as `reward`, and each by name if there are several."
+        scores = torch.stack([known[name] for name in self.names], -1)
+        reward = (scores * torch.tensor(self.judge.weights)).sum(-1)
+        alone = self.names if len(self.names) == 1 else []
+        return dict(reward=reward) | {name: known[name] for name in known if name not in alone}
 
     def evaluate(self, velocity: Velocity) -> dict[str, float]:
-        """Mean of each reward on held-out prompts, their weighted sum as `reward`, and the
-        diversity if a prompt comes twice."""
+        """Mean of each reward on held-out prompts, their weighted sum as `reward`, what `judges`
+        say, signs of hacking, and the diversity if a prompt comes twice."""
         (rank, size), s = world(), self.settings
         shares = [[n for n in range(s.eval_images) if n % self.held % size == r]
                   for r in range(size)]
-        count = min(s.decode_batch, s.batch or s.decode_batch)
-        parts = []
-        for start in range(0, max(map(len, shares)), count):  # as often in each process
-            numbers = shares[rank][start:start + count]
-            images, texts = self.sample(velocity, numbers or [0])
-            if numbers: parts.append((numbers, images.cpu(), texts))
-        scores = [torch.stack([judge(*part) for judge in self.judge.rewards], 1)
-                  for _, *part in parts]
-        images = {number: image for numbers, part, _ in parts
-                  for number, image in zip(numbers, part)}
-        means = torch.cat([part for scores in gather(scores) for part in scores]).mean(0)
-        row = dict(reward=(means * torch.tensor(self.judge.weights)).sum().item())
-        if len(self.names) > 1: row |= dict(zip(self.names, means.tolist()))
+        parts = [*self.see(velocity, shares[rank], max(map(len, shares)))]
+        images = {number: image for numbers, some, _ in parts
+                  for number, image in zip(numbers, some)}
+        everyone = [known for found in gather([known for *_, known in parts]) for known in found]
+        means = {name: torch.cat([known[name] for known in everyone]).mean()
+                 for name in everyone[0]}
+        row = {name: value.item() for name, value in self.total(means).items()}
         apart = sum(gather(distances(images, self.held)), [])
         return row | (dict(diversity=sum(apart) / len(apart)) if apart else {})
+
+    def look(self, velocity: Velocity, view: View = View()) -> Seen:
+        "The same of each image; `diversity` is its distance from the others of its prompt."
+        numbers = [*range(view.count or self.settings.eval_images)]
+        parts = [*self.see(velocity, numbers, len(numbers), view)]
+        images = torch.cat([some for _, some, _ in parts])
+        texts = [self.texts[self.prompts + number % self.held] for number in numbers]
+        known = {name: torch.cat([known[name] for *_, known in parts]) for name in parts[0][2]}
+        return Seen(self.total(known) | dict(diversity=diversity(images, texts)), texts, images)
+
+    def ask(self, prompts: dict[str, dict]) -> None:
+        "Encode these prompts, and look at images for them."
+        s, texts, dtype = self.settings, [*prompts], getattr(torch, self.settings.precision)
+        pipeline = open_pipeline(self.family, s.source, dtype, revision=self.revision,
+                                 networks=False)
+        told = encode_and_drop(self.family, pipeline, [*texts, ""], s.max_sequence_length,
+                               self.device, progress=False)
+        assert told is not None  # `collect` has it in memory
+        self.texts, self.prompts, self.held, self.cond = texts, 0, len(texts), told
 
     def images(self, velocity: Velocity, count: int = 8) -> Tensor:  # (count, 3, H, W) in [0, 1]
         "The first held-out images, to look at."

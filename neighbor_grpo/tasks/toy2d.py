@@ -21,9 +21,8 @@ from ..flow import Velocity, randn, require, seeded, time_grid
 from ..toyflows import VelocityMLP, eight_gaussians, train_flow
 from ..solvers import solve
 from ..runs.folder import load_or_train
-from ..runs.pictures import draw_panels
+from ..runs.pictures import Seen, View, Visible, draw_panels
 from ..runs.state import snapshot_of
-from ..training import Task
 
 # %% ../../nbs/tasks/toy2d.ipynb #e432b7c9
 def mode_means(
@@ -64,7 +63,7 @@ class ToySettings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
 
 # %% ../../nbs/tasks/toy2d.ipynb #f8d2f10f
-class ToyTask(Task):
+class ToyTask(Visible):
     """The 2-D rung: a pretrained flow to eight Gaussians, and `exp(-d^2 / 2 width^2)` for
     the distance `d` to one mean."""
     shape, prompts = (2,), 1
@@ -89,18 +88,20 @@ class ToyTask(Task):
         "`(N, 2) -> (N,)` in (0, 1]."
         return (-(samples - self.mean).square().sum(1) / (2 * self.settings.width**2)).exp()
 
-    def sample(self, velocity: Velocity, count: int) -> Tensor:
+    def sample(self, velocity: Velocity, count: int, view: View = View()) -> Tensor:
         "`(count, 2)` held-out samples: always the same noise."
-        noise, grid = randn((count, 2), seeded(0, 6)), time_grid(self.settings.eval_steps)
+        noise = randn((count, 2), seeded(view.seed, 6))
+        grid = time_grid(view.steps or self.settings.eval_steps)
         with torch.no_grad(): return solve(velocity, noise, grid).x[-1]
 
-    def evaluate(self, velocity: Velocity) -> dict[str, float]:
+    def look(self, velocity: Velocity, view: View = View()) -> Seen:
         """Held-out `reward`, the `share` of samples at the target, and their `spread` (root
         of the total variance)."""
-        x = self.sample(velocity, self.settings.eval_samples)
-        return dict(reward=self.reward(x).mean().item(),
-                    share=mode_shares(x)[self.settings.target].item(),
-                    spread=x.std(0, correction=0).norm().item())
+        x = self.sample(velocity, view.count or self.settings.eval_samples, view)
+        nearest = torch.cdist(x, mode_means()).argmin(1)
+        known = dict(reward=self.reward(x), share=(nearest == self.settings.target).float(),
+                     spread=x.std(0, correction=0).norm().item())
+        return Seen(known, [""] * len(x))
 
     def draw(self, policies: dict[str, Velocity], path: str | Path) -> None:
         """Save samples of each policy side by side, over those of the base in gray; a
