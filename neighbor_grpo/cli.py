@@ -398,7 +398,7 @@ COMMON = {"algorithm", "with", "out", "recipe", "resume", "quiet", "trackers",
           "iterations", "groups", "lr", "ema", "seed", "kl_weight", "micro_batch",
           "group_size", "steps", "sigma", "noise_level", "anchors", "target", "reward",
           "rewarded", "source", "prompts", "rewards", "height", "width", "lora_rank",
-          "guidance_scale"}
+          "guidance_scale", "stop_when_worse", "stop_figure"}
 
 def listed(
     title: str,
@@ -539,6 +539,7 @@ FILES = {
     "metrics.jsonl": "a row for each iteration",
     "checkpoints": "the newest weights, and what --resume needs",
     "config.json": "all settings; --recipe takes it",
+    "ended.txt": "why a run ended before its last iteration, if it did",
     "logs": "of the trackers"}
 
 def introduce(
@@ -687,6 +688,9 @@ def train(
             raise KeyboardInterrupt(why) from None
         if world()[0] > 0: return
         leave(trainer, out, whole=split is None)
+        if trainer.over:
+            print(f"ended at iteration {trainer.iteration}: {trainer.over}; to go on all the same: "
+                  f"neighbor-grpo train --out {out} --resume --stop_when_worse 0")
         if talk: report(out, settings, task.saves)
         commands = f"neighbor-grpo sample {out} and neighbor-grpo save {out}"
         split_note = f"; its weights were split: {commands}" if split else ""

@@ -143,6 +143,11 @@ class TrainSettings:
     "Iterations between checkpoints."
     keep: int = 2
     "Checkpoints kept, the newest."
+    stop_when_worse: int = 0
+    """End when `stop_figure` fell at so many evaluations in a row, each with a higher reward;
+    0: never."""
+    stop_figure: str = ""
+    "A held-out figure of which more is better, such as judge."
 
     def __post_init__(self):
         check_types(self)
@@ -151,7 +156,8 @@ class TrainSettings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("lr", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("lr_decay", "weight_decay", "kl_weight", "hold_weight", "seed"):
+        for name in ("lr_decay", "weight_decay", "kl_weight", "hold_weight", "seed",
+                     "stop_when_worse"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(self.micro_batch >= 0, "micro_batch", self.micro_batch, "an integer >= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
@@ -235,6 +241,8 @@ class Run:
     "Of the weights, if it is wanted."
     reference: nn.Module | None = None
     "What the penalties compare with, if there are any."
+    over: str = ""
+    "Why it ends before its last iteration, if it does."
 
     def __init__(self, task: Task, algorithm: Algorithm,
                  settings: TrainSettings = TrainSettings()):
@@ -478,14 +486,14 @@ def train(
     "Align a task's policy with an algorithm, to the last iteration."
     run = run or Run(task, algorithm, settings)
     s, start = run.settings, run.iteration
-    silent = not progress or run.rank > 0
-    with tqdm(total=s.iterations, initial=start, desc="training", disable=silent) as bar:
+    with tqdm(desc="training", total=s.iterations, initial=start,
+              disable=not progress or run.rank > 0) as bar:
         while True:
             evaluated = run.iteration in [row["iteration"] for row in run.evals]
             if run.due(s.eval_every) and not evaluated: run.evaluate()
             run.rest()
             if callback and run.iteration > start: callback(run)
-            if run.iteration >= s.iterations: return run
+            if run.over or run.iteration >= s.iterations: return run
             row, held_out = run.step(), run.evals[-1]["reward"]
             bar.set_postfix(reward=f"{row['reward_mean']:.3f}", refresh=False,
                             held_out="none" if held_out is None else f"{held_out:.3f}")
