@@ -398,7 +398,7 @@ COMMON = {"algorithm", "with", "out", "recipe", "resume", "quiet", "trackers",
           "iterations", "groups", "lr", "ema", "seed", "kl_weight", "micro_batch",
           "group_size", "steps", "sigma", "noise_level", "anchors", "target", "reward",
           "rewarded", "source", "prompts", "rewards", "height", "width", "lora_rank",
-          "guidance_scale", "stop_when_worse", "stop_figure"}
+          "guidance_scale"}
 
 def listed(
     title: str,

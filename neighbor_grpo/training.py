@@ -151,15 +151,13 @@ class TrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("iterations", "groups", "updates", "eval_every", "checkpoint_every",
-                     "keep"):
+        for name in "iterations groups updates eval_every checkpoint_every keep".split():
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("lr", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("lr_decay", "weight_decay", "kl_weight", "hold_weight", "seed",
-                     "stop_when_worse"):
+                     "micro_batch", "stop_when_worse"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
-        require(self.micro_batch >= 0, "micro_batch", self.micro_batch, "an integer >= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         enough = self.lr_decay == 0 or self.iterations <= self.lr_decay
         allowed = f"at most {self.lr_decay}, the lr_decay, where the rate is zero"
