@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Velocity', 'Generators', 'GRIDS', 'require', 'expand_time', 'interpolate', 'velocity_target', 'denoised',
-           'implied_noise', 'Shift', 'time_grid', 'seeded', 'randn', 'flow_matching_loss']
+           'implied_noise', 'Shift', 'time_grid', 'seeded', 'randn']
 
 # %% ../nbs/flow.ipynb #29e4d238
 import math
@@ -138,16 +138,3 @@ def randn(
     rows = (shape[0] // count, *shape[1:])
     parts = [torch.randn(*rows, generator=g, dtype=dtype) for g in generator]
     return torch.cat(parts).to(device)
-
-# %% ../nbs/flow.ipynb #f65ad8fb
-def flow_matching_loss(
-    velocity: Velocity,  # velocity(x, t, cond)
-    x0: Tensor,  # (N, *shape) data
-    cond: object = None,  # passed on untouched
-    generator: torch.Generator | None = None,  # for times and noise
-) -> Tensor:  # scalar
-    "Mean of `||velocity(x_t, t) - (eps - x_0)||^2` over uniform times."
-    noise = randn(x0.shape, generator, x0.device)
-    t = torch.rand(len(x0), generator=generator).to(x0.device)
-    v = velocity(interpolate(x0, noise, t), t, cond)
-    return (v - velocity_target(x0, noise)).square().mean()

@@ -15,9 +15,7 @@ from torch import Tensor
 from .flow import require
 
 # %% ../nbs/grpo.ipynb #b25712fd
-def check_rewards(
-    rewards: Tensor,  # (P, G)
-) -> Tensor:  # (P, G) float32 or better
+def check_rewards(rewards: Tensor) -> Tensor:  # (P, G), float32 or better
     "Refuse rewards that are not a finite `(P, G)` tensor with two or more candidates."
     rewards = torch.as_tensor(rewards)
     shape = tuple(rewards.shape)

@@ -63,8 +63,7 @@ class NeighborGRPO(StepAlgorithm):
         require(0 < self.sigma <= 1, "sigma", self.sigma, "in (0, 1]")
         allowed = f"an integer in [1, {self.group_size}], the group size"
         require(1 <= self.anchors <= self.group_size, "anchors", self.anchors, allowed)
-        positive = self.temperature > 0
-        require(positive, "temperature", self.temperature, "a finite number > 0")
+        require(self.temperature > 0, "temperature", self.temperature, "> 0")
         require(0 < self.p <= 2, "p", self.p, "in (0, 2]")
         known = self.method != "heun" or self.leap_from != "rollout"
         require(known, "leap_from", self.leap_from, "'euler' or 'stored' with Heun")

@@ -57,20 +57,16 @@ class HoldPenalty(VelocityPenalty):
         return more, more
 
 # %% ../nbs/penalties.ipynb #8886be21
-def evaluations(
-    algorithm: Algorithm,
-    penalties: Sequence[VelocityPenalty] = (),
-) -> tuple[float, float]:  # per sample
-    "Evaluations of one update: with gradient, and without (those of the reference)."
+def evaluations(algorithm: Algorithm,
+                penalties: Sequence[VelocityPenalty] = ()) -> tuple[float, float]:
+    "Evaluations per sample of one update: with gradient, and without (of the reference)."
     more = [penalty.evaluations(algorithm) for penalty in penalties]
     trained, asked = (sum(values) for values in zip(*more)) if more else (0, 0)
     return algorithm.nfe_theta + trained, asked
 
 
-def forward_equivalents(
-    algorithm: Algorithm,
-    penalties: Sequence[VelocityPenalty] = (),
-) -> float:  # per sample
-    "Cost of a rollout and one update; an evaluation with gradient counts as three without."
+def forward_equivalents(algorithm: Algorithm,
+                        penalties: Sequence[VelocityPenalty] = ()) -> float:
+    "Cost per sample of rollout and one update; with gradient, one counts as three without."
     trained, asked = evaluations(algorithm, penalties)
     return algorithm.nfe_old + 3 * trained + asked

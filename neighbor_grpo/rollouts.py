@@ -40,12 +40,8 @@ def take(
     raise ValueError(f"cond must be {allowed}, got {type(cond).__name__!r}")
 
 
-def for_each(
-    cond: Condition,  # of P rows
-    groups: int,  # P
-    size: int,  # candidates of a group
-) -> Condition:  # of P * size rows
-    "The condition of each candidate: that of its group."
+def for_each(cond: Condition, groups: int, size: int) -> Condition:
+    "`groups` rows -> `groups * size` rows: each candidate has the condition of its group."
     return take(cond, torch.arange(groups).repeat_interleave(size))
 
 # %% ../nbs/rollouts.ipynb #4d6c95e2
@@ -131,11 +127,8 @@ class States:
         return x, t, take(rollout.cond, self.prompt)
 
 
-def per_state(
-    values: Tensor,  # (N,)
-    like: Tensor,  # (N, ...)
-) -> Tensor:  # broadcastable to it
-    "One number for each state."
+def per_state(values: Tensor, like: Tensor) -> Tensor:
+    "`(N,), (N, ...) -> (N, 1, ...)`: a number for each state, which multiplies `like`."
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 # %% ../nbs/rollouts.ipynb #c55f1f4a
@@ -152,13 +145,8 @@ def choose_steps(
     return torch.arange(first, first + count).expand(groups, -1)
 
 
-def untrained_steps(
-    steps: int,  # T
-    total: int,  # steps there are to choose from
-    count: int,  # K
-    where: str,  # "random", "first" or "last"
-) -> list[int]:
-    "The steps that `choose_steps` never chooses; none where it draws."
+def untrained_steps(steps: int, total: int, count: int, where: str) -> list[int]:
+    "Of T steps, those that `choose_steps` never chooses; none where it draws."
     first = 0 if where == "first" else total - count
     trained = range(steps) if where == "random" else range(first, first + count)
     return [k for k in range(steps) if k not in trained]
@@ -175,9 +163,7 @@ class Settings(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Field]]
 
 
-def check_types(
-    settings: Settings,  # integers, floats, booleans, texts and `Literal` choices
-) -> None:
+def check_types(settings: Settings) -> None:
     "Refuse values that do not fit their annotation: a type, or one of some choices."
     hints = get_type_hints(type(settings))
     for name in (field.name for field in fields(settings)):
@@ -305,10 +291,9 @@ class Algorithm:
                generator: Generators = None, on_policy: bool = False,
                surrogate: Surrogate = surrogate, micro_batch: int = 0) -> Iterator[Tensor]:
         "The loss of one update: scalars to call `backward()` on, one for a micro-batch."
-        groups = tuple(rollout.x.shape[1:3])
-        found = f"shape {tuple(advantages.shape)}"
-        fits, allowed = advantages.shape == groups, f"of shape (P, G) = {groups}"
-        require(fits, "advantages", found, allowed)
+        groups, found = tuple(rollout.x.shape[1:3]), tuple(advantages.shape)
+        allowed = f"of shape (P, G) = {groups}"
+        require(found == groups, "advantages", f"shape {found}", allowed)
         chosen = self.choose(rollout, generator)
         advantages = advantages.to(rollout.x.device)
         for states in chosen.split(micro_batch):
@@ -346,12 +331,8 @@ class StepAlgorithm(Algorithm):
         raise NotImplementedError(f"{type(self).__name__} needs drift")
 
 
-def check_settings(
-    algorithm: StepAlgorithm,
-    least: int,  # trained steps, at least
-    most: int,  # and at most
-) -> None:
-    "Refuse values of the settings that most algorithms have."
+def check_settings(algorithm: StepAlgorithm, least: int, most: int) -> None:
+    "Refuse bad values of common settings; from `least` to `most` steps may be trained."
     a = algorithm
     check_types(a)
     require(a.group_size >= 2, "group_size", a.group_size, "an integer >= 2")

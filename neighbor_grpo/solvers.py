@@ -38,9 +38,7 @@ def euler_step(
     return x + (expand_time(t_next, x) - expand_time(t, x)) * v
 
 # %% ../nbs/solvers.ipynb #14a5a589
-def check_grid(
-    ts: Tensor,  # (T+1,)
-) -> Tensor:  # the same
+def check_grid(ts: Tensor) -> Tensor:  # (T+1,)
     "Refuse a grid that is not a descending sequence of at least two times in [0, 1]."
     ts = torch.as_tensor(ts)
     falls = ts.ndim == 1 and len(ts) >= 2 and bool((ts[1:] < ts[:-1]).all())

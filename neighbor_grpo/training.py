@@ -210,11 +210,7 @@ def penalties_of(settings: TrainSettings) -> list[VelocityPenalty]:
     return [kind(weight) for kind, weight in weights.items() if weight > 0]
 
 
-def check_run(
-    task: Task,
-    algorithm: Algorithm,
-    settings: TrainSettings,
-) -> None:
+def check_run(task: Task, algorithm: Algorithm, settings: TrainSettings) -> None:
     "Refuse settings that do not go together."
     s, parts = settings, algorithm.together
     allowed = f"an integer >= 0, a multiple of {parts}, the states that are judged together"
@@ -342,12 +338,8 @@ class Run:
         return self.iteration % every == 0 or self.iteration >= self.settings.iterations
 
 # %% ../nbs/training.ipynb #5f917886
-def retrace(
-    velocity: Velocity,  # the policy that collected
-    rollout: Rollout,
-    trained: States,
-    micro_batch: int,  # states at once, as in training
-) -> Rollout:
+def retrace(velocity: Velocity, rollout: Rollout, trained: States,
+            micro_batch: int) -> Rollout:
     "The rollout, its velocities at trained states computed again in training's batches."
     v = rollout.v.clone()
     for states in trained.split(micro_batch):
@@ -373,11 +365,7 @@ class Update:
     "Old velocities were computed again."
 
 
-def plan(
-    run: Run,
-    rollout: Rollout,
-    generators: list,  # one for each group
-) -> list[Update]:
+def plan(run: Run, rollout: Rollout, generators: list) -> list[Update]:
     "The updates on one rollout. For a coarse policy, old velocities are computed again."
     algorithm, s, updates = run.algorithm, run.settings, []
     coarse = run.task.coarse and algorithm.has_ratio
@@ -398,12 +386,8 @@ def backward(loss: Tensor) -> None:
     loss.backward()
 
 
-def learn(
-    run: Run,
-    update: Update,
-    advantages: Tensor,  # (P, G)
-    stats: SurrogateStats,
-) -> float:
+def learn(run: Run, update: Update, advantages: Tensor,  # (P, G)
+          stats: SurrogateStats) -> float:
     "One update of the weights; returns the norm of its gradient."
     algorithm, old, size = run.algorithm, update.rollout, run.settings.micro_batch
     policy, pairs = Watched(run.policy), [*zip(run.penalties, update.others)]
@@ -425,9 +409,7 @@ def learn(
     return run.descend()
 
 
-def iterate(
-    run: Run,
-) -> dict:  # a row of metrics
+def iterate(run: Run) -> dict:  # a row of metrics
     "One iteration: collect, credit, update."
     task, algorithm, s, begin = run.task, run.algorithm, run.settings, time.perf_counter()
     dropout = seeded(s.seed, GLOBAL_KEY, run.iteration, run.rank)
@@ -454,13 +436,8 @@ def iterate(
                 seconds=time.perf_counter() - begin)
 
 
-def metrics(
-    run: Run,
-    rewards: Tensor,  # (P, G) of these groups, as they were collected
-    rollout: Rollout,
-    updates: list[Update],
-    stats: SurrogateStats,
-) -> dict:
+def metrics(run: Run, rewards: Tensor,  # (P, G) of these groups, as they were collected
+            rollout: Rollout, updates: list[Update], stats: SurrogateStats) -> dict:
     "A row of metrics, of all processes."
     everyone = torch.cat(run.gather(rewards))
     again = sum(len(update.trained) for update in updates if update.again)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from neighbor_grpo.flow import (
     denoised,
     expand_time,
-    flow_matching_loss,
     implied_noise,
     interpolate,
     randn,
@@ -17,7 +16,14 @@ from neighbor_grpo.flow import (
     time_grid,
     velocity_target,
 )
-from neighbor_grpo.toyflows import TimeEmbedding, VelocityMLP, eight_gaussians, one_cycle, train_flow
+from neighbor_grpo.toyflows import (
+    TimeEmbedding,
+    VelocityMLP,
+    eight_gaussians,
+    flow_matching_loss,
+    one_cycle,
+    train_flow,
+)
 
 shifts = st.floats(0.2, 8)
 times = st.floats(0, 1)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neighbor_grpo.flow import flow_matching_loss, implied_noise, randn, seeded
-from neighbor_grpo.toyflows import mixture_velocity
+from neighbor_grpo.flow import implied_noise, randn, seeded
+from neighbor_grpo.toyflows import flow_matching_loss, mixture_velocity
 
 MEANS = torch.tensor([[-1.0, 0.5], [1.0, 0.0], [0.2, -2.0]], dtype=torch.float64)
 
