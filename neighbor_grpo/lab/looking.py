@@ -23,7 +23,7 @@ from .compare import interval, number
 from ..rewards.programs import to_pictures
 from ..rewards.signs import SIGNS
 from ..runs.folder import make_folder
-from ..runs.pictures import Seen, image_grid, save_picture
+from ..runs.pictures import Seen, image_grid, in_strips, save_picture
 from ..tables import markdown_table
 
 # %% ../../nbs/lab/looking.ipynb #48f49d77
@@ -174,7 +174,8 @@ def write_images(
     make_folder(folder)
     for look in looks:
         title = re.sub(r"\W+", "-", look.title)
-        pictures: list[Image.Image] = to_pictures(look.seen.images)  # type: ignore[arg-type]
+        images = in_strips(look.seen.images)  # type: ignore[arg-type]
+        pictures: list[Image.Image] = to_pictures(images)
         prompts = [*dict.fromkeys(look.seen.prompts)]
         for k, (picture, prompt) in enumerate(zip(pictures, look.seen.prompts)):
             picture.save(folder / f"{title}-{prompts.index(prompt):03d}-{k:04d}.png")

@@ -58,6 +58,9 @@ class Family:
     settings: dict[str, object] = {}
     "What `train images` takes by default for this family, by name."
 
+    video: bool = False
+    "It makes videos: `latent_shape` takes their number of frames, `decode` gives all of them."
+
     def guidance_of(self, pipeline: DiffusionPipeline) -> str:
         "The guidance of one pipeline; distilled ones may have none."
         return self.guidance
@@ -257,7 +260,7 @@ def pipeline_files(
     def used(file: Path) -> bool:
         weights = WEIGHTS.fullmatch(file.name)
         if weights: return weights[1] in (None, variant)
-        return file.suffix in (".json", ".txt", ".model")
+        return file.suffix in (".json", ".txt", ".model", ".jinja")
 
     found = [file for name in parts for file in sorted((folder / name).iterdir())]
     return [folder / "model_index.json", *filter(used, found)]
@@ -383,7 +386,7 @@ def decode(
     good = latents.ndim == 4 and latents.shape[1] == channels
     found = f"shape {tuple(latents.shape)}"
     require(good, "latents", found, f"of shape (N, {channels}, h, w)")
-    shift = vae.config.shift_factor or 0.0  # many autoencoders have none
+    shift = vae.config.get("shift_factor") or 0.0  # many autoencoders have none
     z = latents / vae.config.scaling_factor + shift
     images = [vae.decode(some.to(vae.device, vae.dtype)).sample.float() for some in z.split(batch)]
     return pipeline.image_processor.postprocess(torch.cat(images), output_type="pt")
@@ -532,7 +535,7 @@ class PipelinePolicy(nn.Module):
             self.register_buffer(f"negative_{name}", row.clone(), persistent=False)
         if not settings.lora_rank: transformer.float().requires_grad_(True)
         else:
-            full = next(transformer.parameters()).dtype != torch.bfloat16
+            full = transformer.dtype != torch.bfloat16  # the first weight's may differ
             if settings.precision == "bfloat16" and full: nn.Module.to(transformer, torch.bfloat16)
             add_lora(family, transformer, settings, seed)
         if settings.gradient_checkpointing: transformer.enable_gradient_checkpointing()
@@ -552,7 +555,7 @@ class PipelinePolicy(nn.Module):
     @property
     def coarse(self) -> bool:
         "Arithmetic in half precision: a state's velocity depends on the size of its batch."
-        low = next(self.transformer.parameters()).dtype != torch.float32
+        low = self.transformer.dtype != torch.float32
         return low or self.settings.precision != "float32"
 
     def forward(self, x: Tensor,  # (N, *shape)
@@ -582,7 +585,7 @@ class PipelinePolicy(nn.Module):
 
     def call(self, x: Tensor, t: Tensor, cond: dict[str, Tensor], scale: float) -> Tensor:
         "One call of the transformer, in its own precision."
-        like = next(self.transformer.parameters())
+        like = self.transformer
         def cast(value: Tensor) -> Tensor:
             return value.to(like.device, like.dtype if value.is_floating_point() else None)
 
@@ -678,7 +681,9 @@ def save_policy(
         if lora: kind.save_lora_weights(partial, lora_tensors(policy.transformer))
         else:
             parts = pipeline.components | {"transformer": policy.transformer}
-            kind(**parts).save_pretrained(partial)
+            told = {name: pipeline.config[name] for name in inspect.signature(kind).parameters
+                    if name not in parts}
+            kind(**parts, **told).save_pretrained(partial)
     if os.path.lexists(folder): os.replace(folder, old)
     os.replace(partial, folder)
     remove(old)

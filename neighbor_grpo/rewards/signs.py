@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..flow import require
-from .programs import Compressibility
+from .programs import Compressibility, over_frames
 
 # %% ../../nbs/rewards/signs.ipynb #bf1bebc0
 def sharpness(
@@ -78,13 +78,13 @@ SIGNS = {
     "velocity_norm": Sign("norm of the velocity on the way", 0.9, 1.1)}
 
 def signs_of(
-    images: Tensor,  # (N, 3, H, W) in [0, 1], H and W >= 3
+    images: Tensor,  # (N, 3, H, W) in [0, 1], H and W >= 3; or (N, F, 3, H, W)
 ) -> dict[str, Tensor]:  # (N,) each
-    "The signs that an image shows by itself."
-    good = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= 3
+    "The signs that an image shows by itself; of a video, their means over its frames."
+    good = images.ndim in (4, 5) and images.shape[-3] == 3 and min(images.shape[-2:]) >= 3
     require(good, "images", f"shape {tuple(images.shape)}", "of shape (N, 3, H, W), H, W >= 3")
     images = images.detach().float().cpu()
-    return {sign.__name__: sign(images) for sign in (sharpness, saturation, kilobytes)}
+    return {sign.__name__: over_frames(sign, images) for sign in (sharpness, saturation, kilobytes)}
 
 
 def moved(

@@ -35,12 +35,15 @@ from ..runs.folder import (
     checksum, gather, make_folder, read_sealed, seal, sync_folder, world, write_atomically)
 from ..runs.machine import choose_device
 from ..rewards.signs import diversity, signs_of, velocity_norm
-from ..runs.pictures import Seen, View, draw_panels, image_grid
+from ..runs.pictures import Seen, View, draw_panels, image_grid, spread_frames
 from ..models.pipeline import (
     Family, PipelinePolicy, PipelineSettings, PipelineTask, WithoutAdapters, absolute, check_source,
     count_cut, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
 from ..models.flux import FLUX
+from ..models.sana import SANA
 from ..models.sd3 import SD3
+from ..models.wan import WAN
+from ..models.zimage import ZIMAGE
 from .prompts import OWN, read_prompts
 
 # %% ../../nbs/tasks/images.ipynb #485284a7
@@ -70,6 +73,10 @@ class ImagesSettings(PipelineSettings):
     "Of an image, in pixels."
     width: int = 512
     "Of an image, in pixels."
+    frames: int = 1
+    "Of a video; 1: a picture."
+    seen_frames: int = 4
+    "Frames of a video that rewards see, evenly spread; its score is their mean."
     max_sequence_length: int = 256
     "Tokens of the T5 encoder, to which each prompt is padded."
     eval_images: int = 32
@@ -85,7 +92,8 @@ class ImagesSettings(PipelineSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("eval_images", "eval_steps", "decode_batch", "height", "width"):
+        sizes = ("height", "width", "frames", "seen_frames")
+        for name in ("eval_images", "eval_steps", "decode_batch", *sizes):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("train_prompts", "min_memory"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
@@ -342,7 +350,8 @@ def distances(
     return [(images[i] - images[j]).square().mean().sqrt().item() for i, j in pairs]
 
 # %% ../../nbs/tasks/images.ipynb #5204639d
-FAMILIES: dict[str, Family] = {"sd3": SD3, "flux": FLUX}
+FAMILIES: dict[str, Family] = {
+    "sd3": SD3, "flux": FLUX, "zimage": ZIMAGE, "sana": SANA, "wan": WAN}
 
 class ImagesTask(PipelineTask):
     "Prompts, rewards and a large text-to-image flow."
@@ -378,7 +387,10 @@ class ImagesTask(PipelineTask):
         self.pipeline, self.cond = open_encoded(
             s, self.family, self.texts, folder, self.device, progress, self.revision)
         keep_inputs(s, folder, train, held)
-        self.shape = self.family.latent_shape(self.pipeline, s.height, s.width)
+        video = self.family.video
+        require(video or s.frames == 1, "frames", s.frames, f"1: a {kind} makes pictures")
+        size = (s.height, s.width, *[s.frames] * video)
+        self.shape = self.family.latent_shape(self.pipeline, *size)
         self.shift = self.shift_at(s.eval_steps)
         self.check_guidance()
         self.policy = self.make_policy(self.pipeline, seed)
@@ -421,9 +433,11 @@ class ImagesTask(PipelineTask):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        "`(N, *shape) -> (N, 3, H, W)` in [0, 1]."
+        "`(N, *shape) -> (N, 3, H, W)` in [0, 1]; of videos `(N, seen_frames, 3, H, W)`."
         parts = latents.split(self.settings.decode_batch)
-        return torch.cat([self.family.decode(self.pipeline, part) for part in parts])
+        images = (self.family.decode(self.pipeline, part) for part in parts)
+        if self.family.video: images = (spread_frames(i, self.settings.seen_frames) for i in images)
+        return torch.cat([*images])
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(N, *shape), (N,) -> (N,)`, or `(N, R)` for R rewards."
