@@ -90,7 +90,9 @@ TASKS: dict[str, Entry] = {
                  "any Stable Diffusion 3; needs --source, and mostly a GPU",
                  dict(family="sd3")),
     "flux": Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings",
-                  "any FLUX.1; needs --source, and mostly a GPU", dict(family="flux"))}
+                  "any FLUX.1; needs --source, and mostly a GPU", dict(family="flux")),
+    "images": Entry("tasks.images.ImagesTask", "tasks.images.ImagesSettings",
+                    "any model whose family is known, by its --source; mostly on a GPU")}
 LARGE = dict(iterations=300, groups=8, lr=1e-4, ema=0.9, eval_every=25, shift=None,
              lora_rank=32, lora_alpha=64, precision="bfloat16", batch=24)
 SCHEDULER = dict(grid="scheduler")  # as the authors' code for Stable Diffusion 3 has it
@@ -103,7 +105,8 @@ DEFAULTS: dict[str | tuple[str, str], dict] = {
     "sd3": LARGE | dict(guidance_scale=4.5, train_guidance_scale=4.5),
     **{("sd3", name): SCHEDULER for name in ("flow", "tempflow", "nft", "op")},
     "flux": LARGE | dict(guidance_scale=3.5, train_guidance_scale=3.5,
-                         max_sequence_length=512)}
+                         max_sequence_length=512),
+    "images": LARGE}
 
 def class_at(
     place: type | str,  # itself, or MODULE.NAME in this package
@@ -126,9 +129,14 @@ def task_classes(
 def defaults_of(
     task: str,  # a key of TASKS
     algorithm: str,  # a key of ALGORITHMS
+    source: str = "",  # of a pipeline, whose family has more of them for the task images
 ) -> dict:  # values by name
     "What a run of the task takes instead of the dataclasses' own defaults."
-    return DEFAULTS.get(task, {}) | DEFAULTS.get((task, algorithm), {})
+    found = DEFAULTS.get(task, {}) | DEFAULTS.get((task, algorithm), {})
+    if task != "images" or not source: return found
+    images = importlib.import_module("neighbor_grpo.tasks.images")
+    family = images.family_of(source)
+    return found | images.FAMILIES[family].settings | defaults_of(family, algorithm)
 
 # %% ../nbs/launch.ipynb #eddaf56a
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -488,7 +496,8 @@ def read_early(
 ) -> argparse.Namespace:
     "What decides which settings there are."
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--algorithm", "--out", "--recipe"): early.add_argument(name, nargs="?")
+    for name in ("--algorithm", "--out", "--recipe", "--source"):
+        early.add_argument(name, nargs="?")
     early.add_argument("--resume", nargs="?", const="yes")
     early.add_argument("--with", nargs="*", dest="modifiers")
     known = early.parse_known_args(argv)[0]
@@ -522,7 +531,8 @@ def read_command(
     modifiers = check_modifiers(words, "--with")
     names, defaults = names_of(task, algorithm, modifiers), {}
     for theirs in BROUGHT_ALONG.get(algorithm, {}).values(): defaults |= theirs
-    defaults |= defaults_of(task, algorithm) | base
+    asked = base.get("source", "") if known.source is None else known.source
+    defaults |= defaults_of(task, algorithm, "" if known.resume else asked) | base
     defaults = {name: value for name, value in defaults.items() if name in names}
     parser = train_parser(task, algorithm, modifiers, defaults, source)
     values = parser.parse_args(list(argv))

@@ -1,4 +1,4 @@
-"""Random Stable Diffusion 3 and FLUX pipelines, built in code: the real classes, tiny, without any download."""
+"""Random pipelines of each family, built in code: the real classes, tiny, without any download."""
 
 import string
 
@@ -7,17 +7,29 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -135,6 +147,120 @@ def tiny_flux(dynamic=True, guidance=True, seed=0):
             tokenizer=clip_tokenizer(),
             text_encoder_2=T5EncoderModel(t5_config()),
             tokenizer_2=t5_tokenizer(),
+            transformer=transformer,
+        )
+    )
+
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN = (  # what its template says before the prompt: 34 tokens, one a word
+    "system Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
+    "the objects and background user assistant"
+)
+
+
+def qwen_tokenizer():
+    "One token a letter, but one for each word of Qwen-Image's template, as the real one has it."
+    words = [QWEN.split()[0], "user", "assistant", "Describe", *(f"Ġ{word.strip(',')}" for word in QWEN.split()[2:-2])]
+    merges = [(word[:i], word[i]) for word in dict.fromkeys(words) for i in range(1, len(word))]
+    merges = [*dict.fromkeys(merges)]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    pieces = [*sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges), *specials]
+    return Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))},
+        merges=merges,
+        chat_template=CHAT,
+        extra_special_tokens=specials[1:],
+    )
+
+
+def tiny_flux2(distilled=False, seed=0):
+    "FLUX.2 klein for 16x16 images, whose text encoder has the 27 layers that the pipeline reads."
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    width = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    encoder = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=27, max_position_embeddings=64, **width)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        timestep_guidance_channels=8,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        mid_block_add_attention=False,
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return ready(
+        Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=vae,
+            text_encoder=Qwen3ForCausalLM(encoder),
+            tokenizer=tokenizer,
+            transformer=transformer,
+            is_distilled=distilled,
+        )
+    )
+
+
+def tiny_qwen(seed=0):
+    "Qwen-Image for 16x16 images, with the settings of the real scheduler."
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2]),
+    )
+    vision = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=2, out_hidden_size=16)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    )
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.3, -0.2, 0.1, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    )
+    return ready(
+        QwenImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+            ),
+            vae=vae,
+            text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
+            tokenizer=tokenizer,
             transformer=transformer,
         )
     )

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'Keep', 'FAMILIES', 'ImagesSettings', 'collect', 'write_encoded', 'encode_and_drop', 'open_encoded',
-           'ImagesTask']
+           'family_of', 'with_guidance', 'ImagesTask']
 
 # %% ../../nbs/tasks/images.ipynb #186c18ae
 import hashlib
@@ -14,7 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -38,8 +38,10 @@ from ..rewards.signs import diversity, signs_of, velocity_norm
 from ..runs.pictures import Seen, View, draw_panels, image_grid, spread_frames
 from ..models.pipeline import (
     Family, PipelinePolicy, PipelineSettings, PipelineTask, WithoutAdapters, absolute, check_source,
-    count_cut, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
+    class_of, count_cut, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
 from ..models.flux import FLUX
+from ..models.flux2 import FLUX2
+from ..models.qwen import QWEN
 from ..models.sana import SANA
 from ..models.sd3 import SD3
 from ..models.wan import WAN
@@ -350,8 +352,34 @@ def distances(
     return [(images[i] - images[j]).square().mean().sqrt().item() for i, j in pairs]
 
 # %% ../../nbs/tasks/images.ipynb #5204639d
-FAMILIES: dict[str, Family] = {
-    "sd3": SD3, "flux": FLUX, "zimage": ZIMAGE, "sana": SANA, "wan": WAN}
+FAMILIES: dict[str, Family] = {"sd3": SD3, "flux": FLUX, "flux2": FLUX2, "qwen": QWEN,
+                               "zimage": ZIMAGE, "sana": SANA, "wan": WAN}
+
+def family_of(
+    source: str,  # a folder, the name of a model on the hub, or miniature
+    revision: str | None = None,  # of the hub
+) -> str:  # a key of FAMILIES
+    "The family of a pipeline, by the class that it names."
+    known = {family.pipeline.__name__: name for name, family in reversed(FAMILIES.items())}
+    found = class_of(source, revision)
+    require(found in known, "source", f"{source}, a {found}",
+            f"a {', '.join(known)}; the page Bring your own adds a family")
+    return known[found]
+
+
+def with_guidance(
+    family: Family,
+    pipeline: DiffusionPipeline,
+    settings: ImagesSettings,
+    talk: bool = True,  # say what is left out
+) -> ImagesSettings:
+    "Settings without guidance for a pipeline that was distilled to have none."
+    scales = settings.guidance_scale, settings.train_guidance_scale
+    if family.guidance_of(pipeline) != "none" or scales == (1, 1): return settings
+    if talk and world()[0] == 0:
+        print(f"{settings.source} has no guidance: it is distilled", file=sys.stderr)
+    return replace(settings, guidance_scale=1.0, train_guidance_scale=1.0)
+
 
 class ImagesTask(PipelineTask):
     "Prompts, rewards and a large text-to-image flow."
@@ -359,19 +387,16 @@ class ImagesTask(PipelineTask):
                  folder: str | Path | None = None,  # of the run: the encoded prompts are kept in it
                  seed: int = 0,  # of the adapters
                  progress: bool = True,  # show progress bars
-                 family: str = "sd3"):  # a key of FAMILIES
-        require(family in FAMILIES, "family", family, f"one of {', '.join(FAMILIES)}")
-        self.family = FAMILIES[family]
-        kind = self.family.pipeline.__name__
-        require(
-            bool(settings.source),
-            "source",
-            settings.source or None,
-            f"a folder with a {kind}, or its name on the hub; miniature is a small SD3 to try",
-        )
-        self.settings, s = settings, settings
+                 family: str = ""):  # a key of FAMILIES; "": that of the source
+        known = ", ".join(FAMILIES)
+        require(not family or family in FAMILIES, "family", family, f"one of {known}")
+        any_kind = FAMILIES[family].pipeline.__name__ if family else "pipeline"
+        require(bool(settings.source), "source", settings.source or None, f"a folder with a "
+                f"{any_kind}, or its name on the hub; miniature is a small SD3 to try")
         inputs = read_inputs(folder)
-        self.revision = check_source(s.source, inputs)
+        self.revision = check_source(settings.source, inputs)
+        self.family = FAMILIES[family or family_of(settings.source, self.revision)]
+        self.settings, s = settings, settings
         train, held = run_prompts(s, folder, inputs)
         if progress and not inputs and world()[0] == 0: say_held(s, train, held)
         self.device = choose_device(s.device, s.min_memory)
@@ -388,20 +413,14 @@ class ImagesTask(PipelineTask):
             s, self.family, self.texts, folder, self.device, progress, self.revision)
         keep_inputs(s, folder, train, held)
         video = self.family.video
+        kind = self.family.pipeline.__name__
         require(video or s.frames == 1, "frames", s.frames, f"1: a {kind} makes pictures")
         size = (s.height, s.width, *[s.frames] * video)
         self.shape = self.family.latent_shape(self.pipeline, *size)
         self.shift = self.shift_at(s.eval_steps)
-        self.check_guidance()
+        self.settings = with_guidance(self.family, self.pipeline, s, progress and not inputs)
         self.policy = self.make_policy(self.pipeline, seed)
         self.pipeline.vae.to(self.device)
-
-    def check_guidance(self) -> None:
-        "Refuse guidance where the pipeline has none."
-        free = self.family.guidance_of(self.pipeline) == "none"
-        for name in ("guidance_scale", "train_guidance_scale") if free else ():
-            value = getattr(self.settings, name)
-            require(value == 1, name, value, "1: this pipeline was distilled to need no guidance")
 
     def make_policy(self, pipeline: DiffusionPipeline, seed: int = 0) -> PipelinePolicy:
         "A policy around a pipeline's transformer."
