@@ -10,9 +10,9 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_B
            'in_one_line', 'overviews', 'train_parser', 'pick', 'pick_algorithm', 'read_early', 'read_command',
            'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave',
            'train', 'load_run', 'run_folder', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts',
-           'evaluate', 'draw_runs', 'sample', 'save', 'bench_model', 'bench', 'read_variant', 'study_parser',
-           'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview', 'split_plugins',
-           'versions', 'draw_into_files', 'main']
+           'evaluate', 'draw_runs', 'sample', 'write_report', 'save', 'bench_model', 'bench', 'read_variant',
+           'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview',
+           'split_plugins', 'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -29,6 +29,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -577,7 +578,8 @@ def report(
     print(f"\n{listed('files', left)}\n\nwhat to do next:")
     further, folder = 2 * settings.iterations, shlex.quote(str(out))
     commands = {f"sample {folder}": "draw samples again",
-                f"evaluate {folder}": "print the held-out figures again"}
+                f"evaluate {folder}": "print the held-out figures again",
+                f"report {folder} --out {folder}.html": "curves and samples in one file"}
     if pipeline:
         commands[f"save {folder}"] = "write the weights as plain diffusers opens them"
     if further <= settings.lr_decay or not settings.lr_decay:
@@ -886,6 +888,28 @@ def sample(
     print(path)
 
 
+def write_report(
+    argv: Sequence[str],  # DIR [DIR ...] --out FILE.html
+) -> None:
+    """Write a report of runs as one HTML file: curves, samples before and after, warnings,
+    settings."""
+    page = importlib.import_module("neighbor_grpo.lab.report")
+    parser = look_parser("report")
+    parser.add_argument("--out", metavar="FILE.html", help="The file.")
+    v = parser.parse_args(list(argv))
+    named = v.out is not None and Path(v.out).suffix == ".html"
+    require(named, "--out", v.out, "a file that ends in .html")
+    looks = looks_at(v, read_look(v, "images", None), asked_prompts(v), None)
+    drawn = {}
+    with tempfile.TemporaryDirectory() as place:
+        for k, folder in enumerate(v.dir if looks[0].seen.images is None else []):
+            path = draw_runs([folder], os.path.join(place, f"{k}.png"))
+            drawn[f"Samples of {folder}, before training and after"] = path.read_bytes()
+    stories = [page.read_story(folder) for folder in dict.fromkeys(v.dir)]
+    write_atomically(Path(v.out), page.make_report(stories, looks, drawn))
+    print(v.out)
+
+
 PAPER_MODELS = (NeighborGRPO(), DanceGRPO(), MixGRPO())
 
 def save(
@@ -1167,7 +1191,8 @@ def stoppable(
         RUNNING.clear()
 
 # %% ../nbs/launch.ipynb #074f1b1a
-COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample, "save": save,
+COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample,
+            "report": write_report, "save": save,
             "compare": compare, "bench": bench, "pretrain": pretrain, "serve": serve}
 
 def overview() -> str:

@@ -124,7 +124,7 @@ def test_a_run_says_what_it_trains_what_it_left_and_what_to_do_next(tmp_path, ca
     assert named <= {path.name for path in out.iterdir()}
     assert {"samples.png", "reward.png", "eval.jsonl", "metrics.jsonl", "checkpoints", "config.json"} <= named
     commands = re.findall(r"^  (neighbor-grpo .*?)  #", text, re.MULTILINE)
-    assert [command.split()[1] for command in commands] == ["sample", "evaluate", "train"]
+    assert [command.split()[1] for command in commands] == ["sample", "evaluate", "report", "train"]
     assert text.splitlines()[-1] == f"run folder: {out}"
     for command in commands:  # each can be typed as it stands
         assert main(shlex.split(command)[1:]) == 0, command

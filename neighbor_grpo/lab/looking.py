@@ -116,8 +116,9 @@ def as_table(
 ) -> str:
     "A row for each figure, as Markdown."
     names = dict.fromkeys(name for look in looks for name in look.figures)
-    kinds = {name: look.figures[name]["kind"] for look in looks[::-1] for name in look.figures}
-    header, rows = ["figure", ""], [[name, kinds[name]] for name in names]
+    kinds = {name: dict.fromkeys(look.figures[name]["kind"] for look in looks
+                                 if name in look.figures) for name in names}
+    header, rows = ["figure", ""], [[name, ", ".join(kinds[name])] for name in names]
     for look in looks:
         header += [look.title] + ["difference"] * bool(look.run)
         for name, row in zip(names, rows):
