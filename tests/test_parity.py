@@ -10,6 +10,7 @@ from neighbor_grpo.solvers import solve
 
 STEPS = 3
 
+
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_images_are_the_pipelines_own(name):
