@@ -816,9 +816,9 @@ def asked_prompts(
     values: Namespace,  # of a command line
 ) -> dict[str, dict]:  # the record of each
     "The prompts that a command line gives, or none."
-    from neighbor_grpo.tasks.prompts import read_prompts
-    texts = values.get("prompt") or []
-    return dict.fromkeys([*texts, *(read_prompts(values.prompts) if values.prompts else [])], {})
+    from neighbor_grpo.tasks.prompts import read_records
+    texts = dict.fromkeys(values.get("prompt") or [], {})
+    return texts | (read_records(values.prompts) if values.prompts else {})
 
 
 def evaluate(

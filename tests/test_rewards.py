@@ -696,7 +696,7 @@ brightness = Brightness()
 
 
 def test_a_request_arrives_as_it_was_sent():
-    pictures, prompts, request = unpack_request(pack_request(LISTED, ASKED, "7"))
+    pictures, prompts, _, request = unpack_request(pack_request(LISTED, ASKED, "7"))
     assert prompts == ASKED and request == "7"
     for sent, arrived in zip(LISTED, pictures):
         assert (np.array(sent.convert("RGB")) == np.array(arrived)).all()

@@ -46,7 +46,8 @@ def judged(
     before = len(parse_rewards(trained)) if trained else 0
     names = reward_names(",".join([*[trained] * bool(trained), *new]))[before:]
     judges = make_rewards(",".join(new), device)[0]
-    scores = {name: judge(seen.images, seen.prompts) for name, judge in zip(names, judges)}
+    scores = {name: judge(seen.images, seen.prompts, seen.records)
+              for name, judge in zip(names, judges)}
     return replace(seen, figures=seen.figures | scores)
 
 # %% ../../nbs/lab/looking.ipynb #7ccb1362

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Loaded', 'OPEN_CLIP_NAMES', 'REWARDS', 'middle', 'pixels_of', 'transformers_view', 'openai_view', 'padded_view',
            'load_local_or_hub', 'load_clip', 'open_tokenizer', 'fix_text', 'CLIPJudge', 'CLIPScore', 'PickScore',
-           'from_open_clip', 'open_clip_config', 'read_checkpoint', 'HPSv21', 'Aesthetic', 'parse_rewards',
-           'reward_names', 'make_rewards', 'Rewards']
+           'from_open_clip', 'open_clip_config', 'read_checkpoint', 'HPSv21', 'Aesthetic', 'spelled_out',
+           'parse_rewards', 'absolute_rewards', 'reward_files', 'reward_names', 'make_rewards', 'Rewards']
 
 # %% ../../nbs/rewards/judges.ipynb #b5bb2eed
 import html
@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from ..flow import require
 from ..runs.machine import is_path, quiet, say_asking
-from .programs import Compressibility, Reward, check_scores
+from .programs import (
+    Compressibility, FunctionReward, Reward, as_reward, check_scores)
 from .remote import RemoteReward, one_line, refuse_secrets
 from .remote import RewardServer  # noqa: F401 (for `serve`)
 
@@ -353,22 +354,32 @@ class Aesthetic(CLIPJudge):
 # %% ../../nbs/rewards/judges.ipynb #a187bccc
 REWARDS: dict[str, type[Reward]] = dict(  # of one's own: REWARDS["name"] = Kind
     compressibility=Compressibility, clip=CLIPScore, pickscore=PickScore, hps=HPSv21,
-    aesthetic=Aesthetic, remote=RemoteReward)
+    aesthetic=Aesthetic, remote=RemoteReward, function=FunctionReward)
+
+
+def spelled_out(
+    entry: str,  # [WEIGHT*]NAME[@SOURCE] or [WEIGHT*]FILE.py:FUNCTION
+) -> str:  # with `function@` before a function
+    "An entry of a list in its long form."
+    weight, star, name = entry.rpartition("*")
+    short = "@" not in entry and ":" in name and name.strip() not in REWARDS
+    return f"{weight}{star}function@{name.strip()}" if short else entry
 
 
 def parse_rewards(
     text: str,  # [WEIGHT*]NAME[@SOURCE], ...
 ) -> list[tuple[float, str, str | None]]:  # weight, name and source of each
-    "Read a list of rewards such as 'hps,0.5*pickscore@FOLDER,remote@http://judge:8000'."
+    "Read a list of rewards such as 'hps,0.5*mine.py:green,remote@http://judge:8000'."
     refuse_secrets(text, REWARDS)
     found = []
-    for entry in text.split(","):
+    for entry in map(spelled_out, text.split(",")):
         match = re.fullmatch(r"(?:([^*@]+)\*)?([^*@]+)(?:@(.+))?", entry.strip())
         parts = match.groups() if match else ()
         require(match is not None, "rewards", entry,
                 "entries of the form [WEIGHT*]NAME[@SOURCE] with commas between them")
         weight, name, source = (part and part.strip() for part in parts)
-        require(name in REWARDS, "rewards", name, f"among {', '.join(REWARDS)}")
+        require(name in REWARDS, "rewards", name,
+                f"among {', '.join(REWARDS)}, or FILE.py:FUNCTION")
         try: value = float(weight or 1)
         except ValueError: value = math.nan
         good, kind = math.isfinite(value) and value != 0, REWARDS[name]
@@ -381,6 +392,24 @@ def parse_rewards(
     return found
 
 
+def absolute_rewards(
+    text: str,  # see `parse_rewards`
+) -> str:  # the same, for any working directory
+    "A list of rewards with absolute paths."
+    entries = [entry.partition("@") for entry in map(spelled_out, text.split(","))]
+    kinds = [REWARDS[name] for _, name, _ in parse_rewards(text)]
+    return ",".join(name + at + (kind.absolute(place) if at else "")
+                    for kind, (name, at, place) in zip(kinds, entries))
+
+
+def reward_files(
+    text: str,  # see `parse_rewards`
+) -> list[Path]:
+    "The files whose content belongs to a run."
+    parsed = parse_rewards(text)
+    return [file for _, name, source in parsed if source for file in REWARDS[name].files(source)]
+
+
 def reward_names(
     text: str,  # see `parse_rewards`
 ) -> list[str]:  # all different
@@ -389,7 +418,8 @@ def reward_names(
     kinds, seen, names = Counter(name for name, _ in found), Counter(), []
     for name, source in found:
         short = REWARDS[name].short_name(source) if source else ""
-        if kinds[name] > 1 and short: name = f"{name}@{short}"
+        if name == "function": name = short
+        elif kinds[name] > 1 and short: name = f"{name}@{short}"
         seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
     return names
@@ -408,19 +438,20 @@ def make_rewards(
     return rewards, weights
 
 # %% ../../nbs/rewards/judges.ipynb #8bbf9a9e
-class Rewards:
+class Rewards(Reward):
     "Several rewards at once: `(N, R)`, or `(N,)` for a single one or for their weighted sum."
-    def __init__(self, rewards: Sequence[Callable[..., Tensor]],  # R >= 1 of them
+    def __init__(self, rewards: Sequence[Callable[..., Tensor]],  # R >= 1, see `as_reward`
                  weights: list[float] | None = None,  # one for each; None: equal, summing to 1
                  total: bool = False):  # the weighted sum of raw rewards
         require(len(rewards) > 0, "rewards", rewards, "at least one")
         weights = [1 / len(rewards)] * len(rewards) if weights is None else list(weights)
         require(len(weights) == len(rewards), "weights", f"{len(weights)} weights",
                 f"one for each of {len(rewards)} rewards")
-        self.rewards, self.weights, self.total = list(rewards), weights, total or len(rewards) == 1
+        self.rewards, self.weights = [as_reward(reward) for reward in rewards], weights
+        self.total = total or len(rewards) == 1
 
-    def __call__(self, images: Tensor | list[Image.Image], prompts: list[str]) -> Tensor:
-        columns = torch.stack(
-            [check_scores(reward(images, prompts), len(images)) for reward in self.rewards], 1
-        )
+    def __call__(self, images: Tensor | list[Image.Image], prompts: list[str],
+                 records: list[dict] | None = None) -> Tensor:
+        columns = torch.stack([check_scores(reward(images, prompts, records), len(images))
+                               for reward in self.rewards], 1)
         return columns @ columns.new_tensor(self.weights) if self.total else columns

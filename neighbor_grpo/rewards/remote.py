@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from importlib.metadata import version
@@ -44,7 +44,7 @@ from torch import Tensor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..flow import require
-from .programs import Reward, check_scores
+from .programs import Reward, as_reward, check_scores
 
 # %% ../../nbs/rewards/remote.ipynb #c7f2580f
 SIDE = 16384  # pixels along a side of a picture that travels
@@ -62,16 +62,19 @@ def pack_request(
     pictures: list[Image.Image],  # N of any size; travel as RGB
     prompts: list[str],  # N
     request: str,  # its number
+    records: Sequence[dict] = (),  # N, or none
 ) -> bytes:
     "A request as safetensors."
     images = {str(k): torch.from_numpy(np.array(picture.convert("RGB")))
               for k, picture in enumerate(pictures)}
-    return save(images, dict(prompts=json.dumps(prompts), request=request))
+    about = dict(prompts=json.dumps(prompts), request=request)
+    if any(records): about["records"] = json.dumps(list(records))
+    return save(images, about)
 
 
 def read_header(
     body: bytes,  # of a request
-) -> tuple[list[str], str]:  # prompts, number
+) -> tuple[list[str], list[dict], str]:  # prompts, records, number
     "Check what a request says of itself, before any picture is made of it."
     size = int.from_bytes(body[:8], "little")
     require(0 < size <= len(body) - 8, "request", f"{len(body)} bytes", "safetensors")
@@ -83,22 +86,26 @@ def read_header(
     "".join(prompts).encode()  # fails for half a surrogate pair, which is no text
     require(len(prompts) == len(header) > 0, "prompts", len(prompts),
             f"one for each of {len(header)} images")
+    records = json.loads(about["records"]) if "records" in about else [{} for _ in prompts]
+    good = isinstance(records, list) and all(isinstance(record, dict) for record in records)
+    require(good and len(records) == len(prompts), "records", about.get("records", "")[:80],
+            "an object for each prompt")
     for image in (header[str(k)] for k in range(len(header))):
         height, width, channels = image["shape"]
         good = image["dtype"] == "U8" and channels == 3 and 0 < height <= SIDE and 0 < width <= SIDE
         require(good, "images", f"{image['dtype']} of shape {image['shape']}",
                 f"U8 of shape (H, W, 3) with sides from 1 to {SIDE}")
-    return prompts, str(about["request"])
+    return prompts, records, str(about["request"])
 
 
 def unpack_request(
     body: bytes,
-) -> tuple[list[Image.Image], list[str], str]:  # pictures, prompts, number
-    "The pictures, prompts and number of a request."
-    prompts, request = read_header(body)
+) -> tuple[list[Image.Image], list[str], list[dict], str]:
+    "The pictures, prompts, records and number of a request."
+    prompts, records, request = read_header(body)
     images = load(body)
     pictures = [Image.fromarray(images[str(k)].numpy()) for k in range(len(images))]
-    return pictures, prompts, request
+    return pictures, prompts, records, request
 
 # %% ../../nbs/rewards/remote.ipynb #4acb6f39
 TOKEN = "NEIGHBOR_GRPO_TOKEN"  # of the environment: what a client sends and a server asks for
@@ -213,7 +220,7 @@ async def nothing_else(request: Request, error: Exception | None = None) -> JSON
 # %% ../../nbs/rewards/remote.ipynb #da9cae82
 class RewardServer:
     "Answers with a reward: `with RewardServer(reward) as server: ...`, or `.serve_forever()`."
-    def __init__(self, reward: Callable,  # reward(images, prompts)
+    def __init__(self, reward: Callable,  # a `Reward`, or a function of pictures and prompts
                  host: str = "127.0.0.1",  # this machine; "0.0.0.0" or "::": all that reach it
                  port: int = 0,  # 0: one that is free
                  limit: int = 2**28,  # bytes of a request
@@ -222,7 +229,8 @@ class RewardServer:
                  seconds: float = 300.0,  # for a request to arrive
                  grace: float = 5.0,  # seconds for requests in progress when the server stops
                  names: list[str] | None = None):  # what the front page says is served
-        self.reward, self.limit, self.total, self.pictures = reward, limit, total, pictures
+        self.limit, self.total, self.pictures = limit, total, pictures
+        self.reward = as_reward(reward)
         self.seconds, self.token, self.names = seconds, token(), names or [type(reward).__name__]
         self.known, self.held, self.jobs = {}, 0, queue.SimpleQueue()
         self.thread: threading.Thread | None = None
@@ -250,18 +258,19 @@ class RewardServer:
 
     def answer(self, body: bytes) -> tuple[int, dict]:
         "Status and content of the answer to one request."
-        try: pictures, prompts, request = unpack_request(body)
+        try: *judged, request = unpack_request(body)
         except Exception as e: return 400, dict(error=one_line(e))
-        try: rewards = self.judged(hashlib.sha256(body).digest(), pictures, prompts)
+        try: rewards = self.judged(hashlib.sha256(body).digest(), *judged)
         except BaseException as e:  # whatever it is, the next request is answered
             traceback.print_exc()
             return 500, dict(error=one_line(e))
         return 200, dict(rewards=rewards.tolist(), request=request)
 
-    def judged(self, key: bytes, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+    def judged(self, key: bytes, pictures: list[Image.Image], prompts: list[str],
+               records: list[dict]) -> Tensor:
         "The rewards of a request, computed once however often it is sent."
         if key not in self.known:
-            self.known[key] = check_scores(self.reward(pictures, prompts), len(pictures))
+            self.known[key] = check_scores(self.reward(pictures, prompts, records), len(pictures))
         while len(self.known) > 64: del self.known[next(iter(self.known))]
         return self.known[key]
 
@@ -505,13 +514,16 @@ class RemoteReward(Reward):
     def short_name(cls, source: str) -> str:
         return re.sub(r"^https?://", "", source).rstrip("/")
 
-    def score(self, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+    def score_records(self, pictures: list[Image.Image], prompts: list[str],
+                      records: list[dict]) -> Tensor:
         refuse_secrets(self.url)
-        return torch.cat([self.insist(pictures[k], prompts[k]) for k in portions(pictures)])
+        return torch.cat([self.insist(pictures[k], prompts[k], records[k])
+                          for k in portions(pictures)])
 
-    def insist(self, pictures: list[Image.Image], prompts: list[str]) -> Tensor:
+    def insist(self, pictures: list[Image.Image], prompts: list[str],
+               records: list[dict]) -> Tensor:
         "Send one request again and again, until it is answered or patience ends."
-        body = pack_request(pictures, prompts, request := uuid.uuid4().hex)
+        body = pack_request(pictures, prompts, request := uuid.uuid4().hex, records)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable), reraise=True, wait=self.pause,
             before_sleep=self.tell, stop=tenacity.stop_after_delay(self.patience))

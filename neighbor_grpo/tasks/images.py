@@ -30,7 +30,8 @@ from tqdm.auto import trange
 from ..flow import Velocity, randn, require, seeded, time_grid
 from ..rollouts import take
 from ..solvers import solve
-from ..rewards.judges import Rewards, make_rewards, parse_rewards, reward_names
+from ..rewards.judges import (
+    Rewards, absolute_rewards, make_rewards, reward_files, reward_names)
 from ..runs.folder import (
     checksum, gather, make_folder, read_sealed, seal, sync_folder, world, write_atomically)
 from ..runs.machine import choose_device
@@ -46,7 +47,7 @@ from ..models.sana import SANA
 from ..models.sd3 import SD3
 from ..models.wan import WAN
 from ..models.zimage import ZIMAGE
-from .prompts import OWN, read_prompts
+from .prompts import OWN, read_records
 
 # %% ../../nbs/tasks/images.ipynb #485284a7
 GIVEN = ("prompts", "held_out")  # settings that name a file
@@ -66,7 +67,7 @@ class ImagesSettings(PipelineSettings):
     "Train on so many prompts, the first of the file; 0: on all."
     rewards: str = "compressibility"
     """[WEIGHT*]NAME[@SOURCE], with commas between them: compressibility, clip, pickscore, hps,
-    aesthetic, remote@URL."""
+    aesthetic, remote@URL, or a function FILE.py:FUNCTION."""
     judges: str = ""
     "Rewards that judge evaluations and are not trained on, in the same form."
     combine: Literal["advantages", "rewards"] = "advantages"
@@ -101,12 +102,8 @@ class ImagesSettings(PipelineSettings):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         length = self.max_sequence_length
         require(1 <= length <= 512, "max_sequence_length", length, "in [1, 512]")
-        found = lambda place: os.path.abspath(place) if place and Path(place).exists() else place
-        lists = {name: getattr(self, name) for name in ("rewards", "judges")}
-        for name, text in lists.items():
-            if text or name == "rewards": parse_rewards(text)
-            entries = [entry.partition("@") for entry in text.split(",")]
-            lists[name] = ",".join(name + at + found(place) for name, at, place in entries)
+        lists = {name: text and absolute_rewards(text)
+                 for name, text in dict(rewards=self.rewards, judges=self.judges).items()}
         given = {name: getattr(self, name) for name in GIVEN}
         paths = {name: path and os.path.abspath(path) for name, path in given.items()}
         for name, value in dict(paths, source=absolute(self.source), **lists).items():
@@ -115,11 +112,12 @@ class ImagesSettings(PipelineSettings):
 # %% ../../nbs/tasks/images.ipynb #eb8499e5
 def split_prompts(
     settings: ImagesSettings,
-) -> tuple[list[str], list[str]]:  # to train on, held out
+) -> tuple[list[str], list[str], dict[str, dict]]:  # to train on, held out; record by prompt
     "Prompts to train on, and others."
-    train = read_prompts(settings.prompts or OWN / "train.txt")
+    train = [*(records := read_records(settings.prompts or OWN / "train.txt"))]
     if settings.held_out or not settings.prompts:
-        held = read_prompts(settings.held_out or OWN / "held-out.txt")
+        others = read_records(settings.held_out or OWN / "held-out.txt")
+        records, held = records | others, [*others]
     else:
         require(len(train) >= 2, "prompts", settings.prompts,
                 "a file of at least two prompts where held_out is not given")
@@ -127,7 +125,7 @@ def split_prompts(
     kept_out = set(held)
     train = [prompt for prompt in train if prompt not in kept_out][:settings.train_prompts or None]
     require(bool(train), "prompts", settings.prompts, "a file with prompts that are not held out")
-    return train, held
+    return train, held, {prompt: records[prompt] for prompt in train + held}
 
 # %% ../../nbs/tasks/images.ipynb #504dcdba
 def say_held(
@@ -161,18 +159,32 @@ def check_files(
         else: require(moved or not path.parent.is_dir(), name, given, f"{began} is gone{anyway}")
 
 
+def check_reward_files(
+    settings: ImagesSettings,
+    folder: str | Path | None,  # of the run
+    inputs: dict,  # of `read_inputs`
+) -> dict[str, str]:  # checksum by path
+    "The files of the rewards; refused if they changed since the run began."
+    found = {str(path): checksum(path) for text in (settings.rewards, settings.judges) if text
+             for path in reward_files(text)}
+    changed = [path for path, was in inputs.get("rewards", {}).items() if found.get(path) != was]
+    require(not changed, "rewards", ", ".join(changed), "as when the run began: the content "
+            f"changed since; to go on with another, delete inputs.json in {folder}")
+    return found
+
+
 def run_prompts(
     settings: ImagesSettings,
     folder: str | Path | None,  # of the run
     inputs: dict,  # of `read_inputs`
-) -> tuple[list[str], list[str]]:  # to train on, held out
+) -> tuple[list[str], list[str], dict[str, dict]]:  # to train on, held out; record by prompt
     "The prompts of a run: of its folder, or those of the files if it has not begun."
     if not folder: return split_prompts(settings)
     path = Path(folder) / "prompts.json"
     if not path.exists(): return split_prompts(settings)
     check_files(settings, folder, inputs)
     kept = read_sealed(path)
-    return kept["train"], kept["held_out"]
+    return kept["train"], kept["held_out"], kept.get("records", {})
 
 
 def keep_inputs(
@@ -180,15 +192,19 @@ def keep_inputs(
     folder: str | Path | None,  # of the run; None: nothing is kept
     train: list[str],
     held: list[str],
+    records: dict[str, dict],  # by prompt
+    judges: dict[str, str],  # checksums of the rewards' files, by path
 ) -> None:
     "Copy the prompts into the run folder, and remember what they and the pipeline came from."
     if not folder or world()[0] > 0: return
     path = Path(folder) / "prompts.json"
     if not path.exists():
-        write_atomically(path, json.dumps(seal(dict(train=train, held_out=held)), indent=1))
+        facts = dict(records=records) if any(records.values()) else {}
+        content = dict(train=train, held_out=held) | facts
+        write_atomically(path, json.dumps(seal(content), indent=1))
     files = {name: Path(getattr(settings, name)) for name in GIVEN}
-    write_inputs(folder, settings.source,
-                 **{name: checksum(file) for name, file in files.items() if file.is_file()})
+    more = {name: checksum(file) for name, file in files.items() if file.is_file()}
+    write_inputs(folder, settings.source, **more, **({"rewards": judges} if judges else {}))
 
 # %% ../../nbs/tasks/images.ipynb #ffda094e
 def fingerprint(settings: ImagesSettings, prompts: list[str]) -> str:
@@ -397,7 +413,8 @@ class ImagesTask(PipelineTask):
         self.revision = check_source(settings.source, inputs)
         self.family = FAMILIES[family or family_of(settings.source, self.revision)]
         self.settings, s = settings, settings
-        train, held = run_prompts(s, folder, inputs)
+        train, held, self.records = run_prompts(s, folder, inputs)
+        checksums = check_reward_files(s, folder, inputs)
         if progress and not inputs and world()[0] == 0: say_held(s, train, held)
         self.device = choose_device(s.device, s.min_memory)
         # float32: scores of a group are close
@@ -411,7 +428,7 @@ class ImagesTask(PipelineTask):
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
         self.pipeline, self.cond = open_encoded(
             s, self.family, self.texts, folder, self.device, progress, self.revision)
-        keep_inputs(s, folder, train, held)
+        keep_inputs(s, folder, train, held, self.records, checksums)
         video = self.family.video
         kind = self.family.pipeline.__name__
         require(video or s.frames == 1, "frames", s.frames, f"1: a {kind} makes pictures")
@@ -460,7 +477,12 @@ class ImagesTask(PipelineTask):
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(N, *shape), (N,) -> (N,)`, or `(N, R)` for R rewards."
-        return self.judge(self.decode(samples), [self.texts[i] for i in prompts.tolist()])
+        texts = [self.texts[i] for i in prompts.tolist()]
+        return self.judge(self.decode(samples), texts, self.records_of(texts))
+
+    def records_of(self, texts: list[str]) -> list[dict]:
+        "All fields of the prompts' entries in their files."
+        return [self.records.get(text, {}) for text in texts]
 
     @torch.no_grad()
     def solved(self, velocity: Velocity, numbers: list[int],
@@ -481,7 +503,8 @@ class ImagesTask(PipelineTask):
     def judged(self, images: Tensor, texts: list[str], norms: Tensor) -> dict[str, Tensor]:
         "Of each image: what the rewards say, what judges say, and signs of hacking."
         judges = dict(zip(self.names, self.judge.rewards)) | self.watched
-        scores = {name: judge(images, texts) for name, judge in judges.items()}
+        records = self.records_of(texts)
+        scores = {name: judge(images, texts, records) for name, judge in judges.items()}
         return scores | signs_of(images) | dict(velocity_norm=norms)
 
     def see(self, velocity: Velocity, numbers: list[int],
@@ -524,7 +547,8 @@ class ImagesTask(PipelineTask):
         images = torch.cat([some for _, some, _ in parts])
         texts = [self.texts[self.prompts + number % self.held] for number in numbers]
         known = {name: torch.cat([known[name] for *_, known in parts]) for name in parts[0][2]}
-        return Seen(self.total(known) | dict(diversity=diversity(images, texts)), texts, images)
+        figures = self.total(known) | dict(diversity=diversity(images, texts))
+        return Seen(figures, texts, images, self.records_of(texts))
 
     def ask(self, prompts: dict[str, dict]) -> None:
         "Encode these prompts, and look at images for them."
@@ -534,7 +558,8 @@ class ImagesTask(PipelineTask):
         told = encode_and_drop(self.family, pipeline, [*texts, ""], s.max_sequence_length,
                                self.device, progress=False)
         assert told is not None  # `collect` has it in memory
-        self.texts, self.prompts, self.held, self.cond = texts, 0, len(texts), told
+        self.texts, self.records = texts, prompts
+        self.prompts, self.held, self.cond = 0, len(texts), told
 
     def images(self, velocity: Velocity, count: int = 8) -> Tensor:  # (count, 3, H, W) in [0, 1]
         "The first held-out images, to look at."
