@@ -115,6 +115,8 @@ class TrainSettings:
     "Learning rate of AdamW, > 0."
     lr_decay: int = 0
     "Iterations over which the rate falls to zero in a straight line; 0: it is constant."
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    "AdamW, or in a `Trainer` bitsandbytes' with moments in 8 bits: a quarter of their memory."
     weight_decay: float = 0.0
     "Of AdamW, >= 0."
     kl_weight: float = 0.0
@@ -264,11 +266,11 @@ class Run:
 
     def make_optimizer(self) -> None:
         "AdamW over the weights that are trained."
-        s = self.settings
+        require(self.settings.optimizer == "adamw", "optimizer", "adamw8bit", "'adamw' here")
+        rate, decay = self.settings.lr, self.settings.weight_decay
         self.trained = [p for p in self.policy.parameters() if p.requires_grad]
         fused = self.trained[0].device.type in ("cpu", "cuda")
-        more = dict(weight_decay=s.weight_decay, fused=fused)
-        self.optimizer = torch.optim.AdamW(self.trained, s.lr, **more)
+        self.optimizer = torch.optim.AdamW(self.trained, rate, weight_decay=decay, fused=fused)
 
     @property
     def velocity(self) -> nn.Module:

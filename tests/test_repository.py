@@ -26,6 +26,7 @@ LARGE = {"lab.cost", "models.flux", "models.flux2", "models.miniature", "models.
 LARGE |= {"models.sd3", "models.wan", "models.zimage", "rewards.judges"}
 LARGE |= {"rewards.remote", "runs.processes", "runs.tracking", "tasks.images"}
 NOTEBOOK = {"figures"}  # for pages: its functions need what the extra `notebooks` installs
+QUANTIZED = {"models.pipeline", "runs.trainer"}
 # What takes seconds to import, or what a plain install does not bring: the other modules must not even try.
 FORBIDDEN = (
     "diffusers transformers peft accelerate torchvision torchaudio sentencepiece ftfy open_clip hpsv2 "
@@ -317,6 +318,8 @@ def test_imports_are_declared(path):
     declared = requirement_names(settings["requirements"])
     if dotted(path) in LARGE:
         declared |= requirement_names(settings["extra_sd3"] + " " + settings["extra_rewards"])
+    if dotted(path) in QUANTIZED:
+        declared |= requirement_names(settings["extra_quantized"])
     if dotted(path) in NOTEBOOK:
         declared |= requirement_names(settings["extra_notebooks"])
     undeclared = {DISTRIBUTIONS.get(name, name).lower() for name in imported(path)} - declared

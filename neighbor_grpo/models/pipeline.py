@@ -16,10 +16,12 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from operator import attrgetter
 from pathlib import Path
@@ -479,6 +481,8 @@ class PipelineSettings:
     "Classifier-free guidance where a gradient is taken; 1: none."
     precision: Literal["float32", "bfloat16"] = "float32"
     "Of the network's arithmetic and its frozen weights; latents and trained weights are float32."
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    "Pack the frozen weights of the blocks under the adapters in 8 or 4 bits, by bitsandbytes."
     batch: int = 0
     "States that go through the network at once where no gradient is taken; 0: all."
     gradient_checkpointing: bool = False
@@ -495,6 +499,9 @@ class PipelineSettings:
         for name in ("lora_alpha", "lora_dual"):
             value = getattr(self, name)
             require(self.lora_rank > 0 or not value, name, value, "unset where lora_rank is 0")
+        packed = self.quantize != "none"
+        allowed = "'none' where lora_rank is 0: packed weights cannot be trained"
+        require(self.lora_rank > 0 or not packed, "quantize", self.quantize, allowed)
 
 # %% ../../nbs/models/pipeline.ipynb #e68e0254
 ADAPTER = "policy"
@@ -517,6 +524,31 @@ def add_lora(
         transformer.add_adapter(config, adapter_name=ADAPTER)
     for name, weight in transformer.named_parameters():
         if f".{ADAPTER}." in name: weight.data = weight.data.float()
+
+# %% ../../nbs/models/pipeline.ipynb #q0a1b2c4
+def quantize(
+    transformer: nn.Module,  # changed in place
+    blocks: list[nn.Module],  # of the transformer
+    kind: str,  # int8 or nf4
+) -> None:
+    "Replace linear layers of blocks by frozen ones, which pack their weights on their device."
+    try: import bitsandbytes.nn as packed
+    except ImportError as e:
+        text = "quantize needs bitsandbytes: pip install 'neighbor_grpo[quantized]'"
+        raise ImportError(text) from e
+    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")  # to float16
+    make = partial(packed.Linear4bit, quant_type=kind)
+    pack = partial(packed.Params4bit, quant_type=kind)
+    if kind == "int8":
+        make = partial(packed.Linear8bitLt, has_fp16_weights=False, threshold=6.0)  # the paper's
+        pack = partial(packed.Int8Params, has_fp16_weights=False)
+    for block in blocks:
+        for name, old in [*block.named_modules()]:
+            if type(old) is not nn.Linear: continue
+            with torch.device("meta"): new = make(old.in_features, old.out_features, False)
+            new.weight, new.bias = pack(old.weight.data, requires_grad=False), old.bias
+            block.set_submodule(name, new)
+    setattr(transformer, f"is_loaded_in_{8 if kind == 'int8' else 4}bit", True)  # peft asks
 
 # %% ../../nbs/models/pipeline.ipynb #f46902e3
 @contextmanager
@@ -558,6 +590,7 @@ class PipelinePolicy(nn.Module):
         else:
             full = transformer.dtype != torch.bfloat16  # the first weight's may differ
             if settings.precision == "bfloat16" and full: nn.Module.to(transformer, torch.bfloat16)
+            if settings.quantize != "none": quantize(transformer, self.blocks, settings.quantize)
             add_lora(family, transformer, settings, seed)
         if settings.gradient_checkpointing: transformer.enable_gradient_checkpointing()
         if settings.compile: compile_blocks(self.blocks)
@@ -577,7 +610,7 @@ class PipelinePolicy(nn.Module):
     def coarse(self) -> bool:
         "Arithmetic in half precision: a state's velocity depends on the size of its batch."
         low = self.transformer.dtype != torch.float32
-        return low or self.settings.precision != "float32"
+        return low or self.settings.precision != "float32" or self.settings.quantize != "none"
 
     def forward(self, x: Tensor,  # (N, *shape)
                 t: Tensor,  # (N,) in [0, 1]
@@ -626,9 +659,12 @@ class PipelinePolicy(nn.Module):
         "A copy with trained weights of its own, which shares all that is never trained."
         memo[id(self.family)] = self.family
         for buffer in self.transformer.buffers(): memo[id(buffer)] = buffer
+        trained = set()
         for name, weight in self.transformer.named_parameters():
-            if self.settings.lora_rank and f".{ADAPTER}." not in name:
-                memo[id(weight)] = nn.Parameter(weight.data, requires_grad=False)
+            if not self.settings.lora_rank or f".{ADAPTER}." in name: trained.add(id(weight))
+            else: memo[id(weight)] = nn.Parameter(weight.data, requires_grad=False)
+        for module in self.transformer.modules() if self.settings.quantize != "none" else ():
+            if trained.isdisjoint(map(id, module.parameters())): memo[id(module)] = module
         new = memo[id(self)] = type(self).__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
@@ -663,6 +699,8 @@ class PipelineTask(Visible):
 
     def parts(self, network: PipelinePolicy) -> list[nn.Module]:
         "The blocks of the transformer, and the transformer."
+        require(network.settings.quantize == "none", "quantize", network.settings.quantize,
+                "'none' where weights are split")
         return [*network.blocks, network.transformer]
 
 # %% ../../nbs/models/pipeline.ipynb #1ba4a288

@@ -61,8 +61,14 @@ def read_as(
 # %% ../../nbs/runs/state.ipynb #0a9005ed
 def flat_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "The optimizer's state as named tensors, for safetensors."
-    return {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items()
-            for name, value in state.items()}
+    tensors = {}
+    for i, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():  # bitsandbytes has a dictionary in it, and a number
+            inner = value if isinstance(value, dict) else {name: value}
+            tensors |= {f"{i}.{key}": found for key, found in inner.items()}
+    return {key: torch.tensor(value) if isinstance(value, int)
+            else value.clone() if ".qmap" in key else value  # one for all weights
+            for key, value in tensors.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -71,7 +77,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     weights = sum((group["params"] for group in optimizer.param_groups), [])
     for key in tensors:
         i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = read_as(tensors, key, weights[int(i)])
+        value = read_as(tensors, key, weights[int(i)])
+        number = value.ndim == 0 and not value.is_floating_point()
+        state.setdefault(int(i), {})[name] = value.item() if number else value
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
@@ -156,8 +164,10 @@ def trained_state(
     network: nn.Module,
 ) -> dict[str, Tensor]:
     "The state of a network, without the weights that are not trained."
-    frozen = {name for name, weight in network.named_parameters() if not weight.requires_grad}
-    return {name: value for name, value in network.state_dict().items() if name not in frozen}
+    weights = network.named_parameters(remove_duplicate=False)
+    kept = {name for name, weight in weights if weight.requires_grad}
+    kept |= {name for name, _ in network.named_buffers()}
+    return {name: value for name, value in network.state_dict().items() if name in kept}
 
 
 def load_trained(network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -165,6 +175,5 @@ def load_trained(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     mine = trained_state(network)
     require(state.keys() == mine.keys(), "state", sorted(state.keys() ^ mine.keys())[:3],
             f"with the {len(mine)} trained weights alone")
-    network.load_state_dict(
-        network.state_dict() | {name: read_as(state, name, like) for name, like in mine.items()}
-    )
+    own = {name: read_as(state, name, like) for name, like in mine.items()}
+    network.load_state_dict(own, strict=False)

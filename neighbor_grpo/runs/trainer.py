@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import __version__
 from ..flow import require
@@ -81,6 +82,8 @@ class Trainer(Run):
         self.rank, self.processes = world()
         allowed = f"a multiple of the {self.processes} processes"
         require(settings.groups % self.processes == 0, "groups", settings.groups, allowed)
+        require(not split or settings.optimizer == "adamw", "optimizer", settings.optimizer,
+                "'adamw' where weights are split")
         super().__init__(task, algorithm, settings)
 
     def prepare(self) -> None:
@@ -101,6 +104,21 @@ class Trainer(Run):
                     self.split(self.task.parts(network))
             self.make_optimizer()
             if self.out: self.restore(self.out)
+
+    def make_optimizer(self) -> None:
+        "The same, or bitsandbytes'. Packed weights are integers, and are never averaged."
+        if self.average:
+            average = get_ema_multi_avg_fn(self.settings.ema)
+            self.average.multi_avg_fn = lambda old, *more: (
+                average(old, *more) if old[0].is_floating_point() else None)
+        if self.settings.optimizer == "adamw": return super().make_optimizer()
+        try: from bitsandbytes.optim import AdamW8bit
+        except ImportError as e:
+            text = "adamw8bit needs bitsandbytes: pip install 'neighbor_grpo[quantized]'"
+            raise ImportError(text) from e
+        s = self.settings
+        self.trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        self.optimizer = AdamW8bit(self.trained, s.lr, weight_decay=s.weight_decay)
 
     def gather(self, value: object) -> list:
         "A value from every process, in their order."
