@@ -421,7 +421,7 @@ def iterate(run: Run) -> dict:  # a row of metrics
     noise = randn((len(prompts), *task.shape), generators, run.trained[0].device)
     cond = task.conditions(prompts)
 
-    total = lambda rewards: combine_rewards(rewards, task.reward_weights, lambda r: r)
+    total = lambda rewards: combine_rewards(rewards, task.reward_weights, check_rewards)
     reward = lambda samples: total(score(task, samples, prompts))
     start = algorithm.starts(noise, algorithm.group_size, generators)
     with torch.no_grad():
