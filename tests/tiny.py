@@ -6,9 +6,12 @@ import torch
 from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -16,8 +19,15 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -25,11 +35,15 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -262,6 +276,115 @@ def tiny_qwen(seed=0):
             text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)),
             tokenizer=tokenizer,
             transformer=transformer,
+        )
+    )
+
+
+def text_config(kind, tokenizer):
+    "Of a small language model."
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+
+
+def tiny_zimage(dynamic=False, seed=0):
+    "Z-Image for 16x16 images."
+    torch.manual_seed(seed)
+    tokenizer = qwen_tokenizer()
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=1,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 2, 2],
+        axes_lens=[128, 32, 32],
+    )
+    return ready(
+        ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=dynamic),
+            vae=autoencoder(0.36, 0.12),
+            text_encoder=Qwen3Model(text_config(Qwen3Config, tokenizer)),
+            tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    )
+
+
+def tiny_sana(seed=0):
+    "SANA for 32x32 images, with the real scheduler."
+    torch.manual_seed(seed)
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+    stages = dict(block_types="ResBlock", block_out_channels=[8] * 4, layers_per_block=[1] * 4)
+    stages |= dict(qkv_multiscales=[()] * 4)
+    halves = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in stages.items()}
+    transformer = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=4,
+    )
+    return ready(
+        SanaPipeline(
+            tokenizer=tokenizer,
+            text_encoder=Gemma2Model(text_config(Gemma2Config, tokenizer)),
+            vae=AutoencoderDC(latent_channels=4, scaling_factor=0.41, **halves),
+            transformer=transformer,
+            scheduler=DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+            ),
+        )
+    )
+
+
+def tiny_wan(expand_timesteps=False, seed=0):
+    "Wan for videos of 16x16 pixels, with the real scheduler; `expand_timesteps`: as Wan 2.2's small one."
+    torch.manual_seed(seed)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        scale_factor_temporal=2,
+        scale_factor_spatial=4,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[0.8, 1.0, 1.2, 1.5],
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return ready(
+        WanPipeline(
+            tokenizer=t5_tokenizer(),
+            text_encoder=UMT5EncoderModel(UMT5Config(**t5_config().to_diff_dict())),
+            vae=vae,
+            transformer=transformer,
+            scheduler=UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"),
+            expand_timesteps=expand_timesteps,
         )
     )
 

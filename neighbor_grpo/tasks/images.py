@@ -413,6 +413,8 @@ class ImagesTask(PipelineTask):
         self.revision = check_source(settings.source, inputs)
         self.family = FAMILIES[family or family_of(settings.source, self.revision)]
         self.settings, s = settings, settings
+        kind, video = self.family.pipeline.__name__, self.family.video
+        require(video or s.frames == 1, "frames", s.frames, f"1: a {kind} makes pictures")
         train, held, self.records = run_prompts(s, folder, inputs)
         checksums = check_reward_files(s, folder, inputs)
         if progress and not inputs and world()[0] == 0: say_held(s, train, held)
@@ -429,10 +431,7 @@ class ImagesTask(PipelineTask):
         self.pipeline, self.cond = open_encoded(
             s, self.family, self.texts, folder, self.device, progress, self.revision)
         keep_inputs(s, folder, train, held, self.records, checksums)
-        video = self.family.video
-        kind = self.family.pipeline.__name__
-        require(video or s.frames == 1, "frames", s.frames, f"1: a {kind} makes pictures")
-        size = (s.height, s.width, *[s.frames] * video)
+        size = (s.height, s.width, *[s.frames] * self.family.video)
         self.shape = self.family.latent_shape(self.pipeline, *size)
         self.shift = self.shift_at(s.eval_steps)
         self.settings = with_guidance(self.family, self.pipeline, s, progress and not inputs)
