@@ -30,6 +30,7 @@ from ..flow import require
 from ..runs.machine import is_path, quiet, say_asking
 from .programs import (
     Compressibility, FunctionReward, Reward, as_reward, check_scores)
+from .ocr import OCR
 from .remote import RemoteReward, one_line, refuse_secrets
 from .remote import RewardServer  # noqa: F401 (for `serve`)
 
@@ -354,7 +355,7 @@ class Aesthetic(CLIPJudge):
 # %% ../../nbs/rewards/judges.ipynb #a187bccc
 REWARDS: dict[str, type[Reward]] = dict(  # of one's own: REWARDS["name"] = Kind
     compressibility=Compressibility, clip=CLIPScore, pickscore=PickScore, hps=HPSv21,
-    aesthetic=Aesthetic, remote=RemoteReward, function=FunctionReward)
+    aesthetic=Aesthetic, ocr=OCR, remote=RemoteReward, function=FunctionReward)
 
 
 def spelled_out(
