@@ -223,7 +223,7 @@ def is_kept(path: Path, key: str) -> bool:
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.bool: "BOOL",
          torch.int64: "I64"}
 
-def stored(
+def storable(
     value: Tensor,
     dtype: torch.dtype,  # of numbers that have a point
 ) -> Tensor:  # contiguous, on the CPU; a mask stays as it is
@@ -260,7 +260,7 @@ def collect(
     done = 0
     for part in parts:
         for name, value in part.items():
-            value = stored(value, dtype)
+            value = storable(value, dtype)
             if name not in told: told[name] = value.new_empty(count, *value.shape[1:])
             told[name][done:done + len(value)] = value
         done += len(value)
@@ -278,7 +278,7 @@ def write_encoded(
     with open(path, "wb") as file:
         starts, done = None, 0
         for part in parts:
-            part = {name: stored(value, dtype) for name, value in part.items()}
+            part = {name: storable(value, dtype) for name, value in part.items()}
             starts = starts or begin_file(file, part, count, key)
             for name, value in part.items():
                 file.seek(starts[name] + done * value[0].nbytes)
