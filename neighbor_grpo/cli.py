@@ -9,10 +9,10 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_B
            'names_of', 'recipes', 'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe', 'listed',
            'in_one_line', 'overviews', 'train_parser', 'pick', 'pick_algorithm', 'read_early', 'read_command',
            'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave',
-           'train', 'load_run', 'run_folder', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts',
-           'evaluate', 'draw_runs', 'sample', 'write_report', 'save', 'bench_model', 'bench', 'read_variant',
-           'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable', 'overview',
-           'split_plugins', 'versions', 'draw_into_files', 'main']
+           'train', 'load_run', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts', 'evaluate',
+           'draw_runs', 'sample', 'write_report', 'command_of', 'read_figures', 'save', 'bench_model', 'bench',
+           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable',
+           'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -725,18 +725,6 @@ def load_run(
     return task, task.policy.eval(), state
 
 
-def run_folder(
-    command: str,  # its name
-    argv: Sequence[str],  # DIR
-) -> Path:
-    "The one argument of `save`."
-    usage = f"neighbor-grpo {command} DIR [--plugin FILE.py]"
-    parser = Parser(prog=f"neighbor-grpo {command}", usage=usage,
-                    description=COMMANDS[command].__doc__)
-    parser.add_argument("dir", help="Folder of a run that train has made.")
-    return Path(parser.parse_args(list(argv)).dir)
-
-
 def look_parser(
     command: str,  # its name
 ) -> Parser:
@@ -912,16 +900,68 @@ def write_report(
 
 PAPER_MODELS = (NeighborGRPO(), DanceGRPO(), MixGRPO())
 
+def command_of(
+    config: dict,  # of a run that train has made, or a part of it that may be told
+) -> str:  # as a shell reads it
+    "The command line of a run: whatever is not the default of its task."
+    flat = flat_config(config, "DIR", "config.json")
+    task, algorithm, around = flat.pop("task"), flat.pop("algorithm"), flat.pop("with")
+    usual = {}
+    for cls in settings_of(task, algorithm, around).values():
+        usual |= {field.name: field.default for field in fields(cls)}
+    usual |= defaults_of(task, algorithm)
+    words = ["neighbor-grpo", "train", task, "--algorithm", algorithm]
+    if around != brought_along(algorithm): words += ["--with", *around]
+    for name, value in flat.items():
+        if value != usual.get(name): words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def read_figures(
+    path: str | None,  # what `evaluate --json --out` wrote; None: there is none
+    run: Path,  # whose figures are wanted
+) -> dict:  # with the run last, or {}
+    "Measured figures of a run and its base."
+    if path is None: return {}
+    try: known = json.loads(Path(path).read_text(encoding="utf-8"))["policies"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"--figures must be what evaluate --json wrote, got {path!r}") from e
+    base = [policy for policy in known if not policy["run"]]
+    mine = [policy for policy in known if Path(policy["run"]).resolve() == run.resolve()]
+    require(len(base) == len(mine) == 1, "--figures", path, f"of {run}, with one base")
+    return dict(policies=base + mine)
+
+
 def save(
-    argv: Sequence[str],  # DIR
+    argv: Sequence[str],  # DIR [--setting value ...]
 ) -> None:
-    "Write the weights of a run as plain diffusers opens them: DIR/trained-ITERATION."
-    folder = run_folder("save", argv)
+    """Write the weights of a run as plain diffusers opens them, with a model card:
+    DIR/trained-ITERATION; push them to the hub only with --push."""
+    usage = "neighbor-grpo save DIR [--setting value ...]"
+    parser = Parser(prog="neighbor-grpo save", usage=usage, description=save.__doc__)
+    add = parser.add_argument
+    add("dir", help="Folder of a run that train has made.")
+    add("--out", metavar="DIR", help="Where; without it DIR/trained-ITERATION.")
+    add("--figures", metavar="FILE", help="Of evaluate --json --out FILE, for the card.")
+    add("--push", metavar="OWNER/NAME", help="Upload to this repository of the hub as well.")
+    add("--public", action="store_true", help="With --push: for everybody to see.")
+    v = parser.parse_args(list(argv))
+    folder, share = Path(v.dir), importlib.import_module("neighbor_grpo.lab.share")
+    if v.push is not None: share.check_repo(v.push)
+    measured = read_figures(v.figures, folder)
+    config = read_config(folder)
     task, velocity, state = load_run(folder)
     require(task.saves, "DIR", str(folder), "the run of a pipeline: sd3, flux or scenes")
-    path = folder / f"trained-{state['iteration']:06d}"
+    at = state["iteration"]
+    path = Path(v.out) if v.out else folder / f"trained-{at:06d}"
     task.save(velocity, path)
-    print(path)
+    evals = [row for row in read_rows(folder / "eval.jsonl") if row["iteration"] <= at]
+    title = (v.push or folder.resolve().name).rpartition("/")[2]
+    command = command_of(share.shareable(config))
+    card = share.model_card(title, config, at, evals, command, measured, v.push or "")
+    write_atomically(path / "README.md", card)
+    print(path, flush=True)
+    if v.push is not None: print(share.push(path, v.push, v.public))
 
 
 def bench_model(

@@ -72,6 +72,7 @@ def summary(
     found = {}
     for name in after.figures:
         values = [value for value in by_prompt(after, name) if not math.isnan(value)]
+        if not values: continue  # diversity of single images
         mean, half = interval(values)
         kind = "sign" if name in SIGNS else "held out"
         found[name] = dict(kind="trained on" if name in trained_on else kind, mean=mean, half=half,

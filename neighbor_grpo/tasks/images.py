@@ -554,8 +554,8 @@ class ImagesTask(PipelineTask):
         s, texts, dtype = self.settings, [*prompts], getattr(torch, self.settings.precision)
         pipeline = open_pipeline(self.family, s.source, dtype, revision=self.revision,
                                  networks=False)
-        told = encode_and_drop(self.family, pipeline, [*texts, ""], s.max_sequence_length,
-                               self.device, progress=False)
+        told = encode_and_drop(self.family, pipeline, texts, s.max_sequence_length, self.device,
+                               progress=False, negative=True)
         assert told is not None  # `collect` has it in memory
         self.texts, self.records = texts, prompts
         self.prompts, self.held, self.cond = 0, len(texts), told
