@@ -41,8 +41,6 @@ def leaping_log_probs(
     return (-squared_distances(candidates, anchor, reduction) / temperature).log_softmax(1)
 
 # %% ../nbs/leaping.ipynb #3b91a161
-def leaping_entropy(
-    log_probs: Tensor,  # (N, G)
-) -> Tensor:  # (N,) in [0, log G]
+def leaping_entropy(log_probs: Tensor) -> Tensor:  # (N, G) -> (N,) in [0, log G]
     "Entropy of each leaping policy: 0 is one-hot, `log G` uniform."
     return (log_probs.exp() * -log_probs).sum(1)
