@@ -14,7 +14,7 @@ from torch import nn
 from neighbor_grpo.cli import DEFAULTS, defaults_of, read_command
 from neighbor_grpo.flow import Shift, time_grid
 from neighbor_grpo.models import pipeline as pipelines
-from neighbor_grpo.models.pipeline import ADAPTER, Family, encode_prompts, open_pipeline, save_policy
+from neighbor_grpo.models.pipeline import ADAPTER, Family, count_cut, encode_prompts, open_pipeline, save_policy
 from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import FAMILIES, ImagesSettings, ImagesTask, collect, family_of, write_encoded
@@ -103,6 +103,21 @@ def test_any_encoded_prompts_come_back_from_disk(tmp_path):
     for found in (load_file(path), collect(parts(), 7, torch.bfloat16)):
         assert found.keys() == told.keys() and torch.equal(found["embeds"], told["embeds"].bfloat16())
         assert torch.equal(found["mask"], told["mask"]) and torch.equal(found["ids"], told["ids"])
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name.startswith(("flux2", "qwen", "z"))])
+def test_prompts_that_are_cut_are_counted_with_what_is_written_around_them(name):
+    "So many tokens are the last that fit: from the next on, more tokens change nothing."
+    case = CASES[name]
+    pipeline = case.make()
+    read = case.family.as_read(pipeline, ["a cat"])
+    length = len(pipeline.tokenizer(read[0]).input_ids)
+    assert not count_cut(pipeline, read, length) and count_cut(pipeline, read, length - 1)
+    short, fits, longer = (
+        encode_prompts(case.family, pipeline, ["a cat"], n)["embeds"][0] for n in (-1 + length, length, length + 1)
+    )
+    assert fits.shape == (length, short.shape[1]) and torch.allclose(short, fits[:-1], atol=1e-5)
+    assert torch.allclose(longer[:-1], fits, atol=1e-5) and fits[-1].abs().max() > 0.01
 
 
 def test_a_family_that_returns_no_dict_is_refused():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import Family, dynamic_shift, fixed_shift
+from .pipeline import Family, dynamic_shift, fixed_shift, in_chat
 
 # %% ../../nbs/models/flux2.ipynb #b5ee94f4
 with quiet():
@@ -37,6 +37,10 @@ class Flux2Family(Family):
         embeds, _ = pipeline.encode_prompt(prompts, device=pipeline.text_encoder.device,
                                            max_sequence_length=max_sequence_length)
         return dict(embeds=embeds)
+
+    def as_read(self, pipeline: Flux2KleinPipeline, prompts: list[str]) -> list[str]:
+        "Without thoughts."
+        return in_chat(pipeline, prompts, thinking=False)
 
     def latent_shape(self, pipeline: Flux2KleinPipeline,
                      height: int, width: int) -> tuple[int, int, int]:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TARGETS', 'TEXT_TARGETS', 'MINIATURE', 'Found', 'OTHER_GRIDS', 'ADAPTER', 'Family', 'here_or_hub', 'class_of',
-           'open_pipeline', 'read_inputs', 'write_inputs', 'check_source', 'encode_prompts', 'count_cut', 'decode',
-           'fixed_shift', 'dynamic_shift', 'shift_of_size', 'PipelineSettings', 'add_lora', 'PipelinePolicy',
+           'open_pipeline', 'read_inputs', 'write_inputs', 'check_source', 'encode_prompts', 'in_chat', 'count_cut',
+           'decode', 'fixed_shift', 'dynamic_shift', 'shift_of_size', 'PipelineSettings', 'add_lora', 'PipelinePolicy',
            'WithoutAdapters', 'PipelineTask', 'save_policy']
 
 # %% ../../nbs/models/pipeline.ipynb #7e28ad44
@@ -73,6 +73,10 @@ class Family:
                ) -> dict[str, Tensor]:  # N rows each, whose shape depends on no prompt
         "The pipeline's own encoding, with masks if it has them; with gradients if they are on."
         raise NotImplementedError
+
+    def as_read(self, pipeline: DiffusionPipeline, prompts: list[str]) -> list[str]:
+        "What the tokenizers read of prompts, with what the pipeline writes around them."
+        return prompts
 
     def encode_negative(self, pipeline: DiffusionPipeline,
                         max_sequence_length: int) -> dict[str, Tensor]:  # one row each
@@ -380,6 +384,17 @@ def encode_prompts(
     return told
 
 # %% ../../nbs/models/pipeline.ipynb #feed61e3
+def in_chat(
+    pipeline: DiffusionPipeline,  # whose tokenizer has a template
+    prompts: list[str],
+    thinking: bool,  # with room for thoughts
+) -> list[str]:
+    "Prompts as messages to a language model that is about to answer."
+    return [pipeline.tokenizer.apply_chat_template(
+        [dict(role="user", content=prompt)], tokenize=False, add_generation_prompt=True,
+        enable_thinking=thinking) for prompt in prompts]
+
+
 def count_cut(
     pipeline: DiffusionPipeline,  # with its tokenizers
     prompts: list[str],

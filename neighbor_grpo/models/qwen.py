@@ -43,6 +43,10 @@ class QwenFamily(Family):
         more = max_sequence_length - embeds.shape[1]
         return dict(embeds=F.pad(embeds, (0, 0, 0, more)), mask=F.pad(mask.bool(), (0, more)))
 
+    def as_read(self, pipeline: QwenImagePipeline, prompts: list[str]) -> list[str]:
+        "With the end of the template; its beginning has room of its own."
+        return [prompt + pipeline.prompt_template_encode.partition("{}")[2] for prompt in prompts]
+
     def encode_negative(self, pipeline: QwenImagePipeline,
                         max_sequence_length: int) -> dict[str, Tensor]:
         "A space, as its authors have it."

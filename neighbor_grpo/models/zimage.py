@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import IMAGE_TARGETS, Family, shift_of_size
+from .pipeline import IMAGE_TARGETS, Family, in_chat, shift_of_size
 
 # %% ../../nbs/models/zimage.ipynb #fb96f451
 with quiet(): from diffusers import ZImagePipeline, ZImageTransformer2DModel
@@ -34,6 +34,10 @@ class ZImageFamily(Family):
         padded = [F.pad(row, (0, 0, 0, max_sequence_length - len(row))) for row in rows]
         lengths = torch.tensor([[len(row)] for row in rows])
         return dict(embeds=torch.stack(padded), mask=torch.arange(max_sequence_length) < lengths)
+
+    def as_read(self, pipeline: ZImagePipeline, prompts: list[str]) -> list[str]:
+        "With room for thoughts."
+        return in_chat(pipeline, prompts, thinking=True)
 
     def latent_shape(self, pipeline: ZImagePipeline,
                      height: int, width: int) -> tuple[int, int, int]:
