@@ -11,8 +11,8 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_B
            'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave',
            'train', 'load_run', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts', 'evaluate',
            'draw_runs', 'sample', 'write_report', 'command_of', 'read_figures', 'save', 'bench_model', 'bench',
-           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'serve', 'stoppable',
-           'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
+           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'distill', 'serve',
+           'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -1173,6 +1173,27 @@ def pretrain(
     print(f"pipeline: {v.out}")
 
 # %% ../nbs/launch.ipynb #6fc330ed
+def distill(
+    argv: Sequence[str],  # --out DIR [--setting value ...]
+) -> None:
+    "Distill the scenes' pipeline to a few steps, in a folder that diffusers opens."
+    fewstep = importlib.import_module("neighbor_grpo.lab.fewstep")
+    parser = Parser(prog="neighbor-grpo distill", description=distill.__doc__,
+                    usage="neighbor-grpo distill --out DIR [--setting value ...]")
+    parser.add_argument("--out", metavar="DIR",
+                        help="New folder: pipeline, log and model card.")
+    parser.add_argument("--quiet", action="store_true", help="Show no progress bar.")
+    parser.add_class_arguments(fewstep.DistillSettings)
+    v = parser.parse_args(list(argv))
+    require(v.out is not None, "--out", v.out, "a new folder for the pipeline")
+    fewstep.distill(v.out, pick(fewstep.DistillSettings, v), not v.quiet)
+    rows = [row for row in read_rows(Path(v.out) / "log.jsonl") if "stage" in row]
+    shown = {f"{row['stage']}, {row['steps']} steps": row for row in rows}
+    print_figures({title: {name: row[name] for name in fewstep.KINDS}
+                   for title, row in shown.items()})
+    print(f"pipeline: {v.out}")
+
+
 def serve(
     argv: Sequence[str],  # --rewards TEXT [--host NAME] [--port N] [--device NAME]
 ) -> None:
@@ -1233,7 +1254,8 @@ def stoppable(
 # %% ../nbs/launch.ipynb #074f1b1a
 COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample,
             "report": write_report, "save": save,
-            "compare": compare, "bench": bench, "pretrain": pretrain, "serve": serve}
+            "compare": compare, "bench": bench, "pretrain": pretrain, "distill": distill,
+            "serve": serve}
 
 def overview() -> str:
     "What the commands, tasks and recipes are."

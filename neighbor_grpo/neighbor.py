@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .anchors import sample_anchors
-from .flow import Generators, Velocity, require, time_grid
+from .flow import Generators, Velocity, denoised, require, time_grid
 from .grpo import combine_rewards, group_advantages, surrogate
 from .leaping import leaping_entropy, leaping_log_probs
 from .neighbors import neighbor_noise
@@ -46,8 +46,9 @@ class NeighborGRPO(StepAlgorithm):
     "K, steps trained for each anchor, in [1, steps]; the paper's B K / G is 1.33."
     train_where: Literal["random", "first", "last"] = "random"
     "Which K steps: a random subset for each group, or the first or last K. Unconfirmed."
-    leap_from: Literal["euler", "stored", "rollout"] = "euler"
-    "Both from an Euler step (the paper), the old from the stored state, or both solve."
+    leap_from: Literal["euler", "stored", "rollout", "denoised"] = "euler"
+    """Both from an Euler step (the paper), the old from the stored state, both solve; or
+    between denoised estimates (AR-CoPO)."""
     temperature: float = 1.0
     "tau of the softmax. Not in the paper."
     reduction: Literal["mean", "sum"] = "mean"
@@ -66,7 +67,7 @@ class NeighborGRPO(StepAlgorithm):
         require(self.temperature > 0, "temperature", self.temperature, "> 0")
         require(0 < self.p <= 2, "p", self.p, "in (0, 2]")
         known = self.method != "heun" or self.leap_from != "rollout"
-        require(known, "leap_from", self.leap_from, "'euler' or 'stored' with Heun")
+        require(known, "leap_from", self.leap_from, "another than 'rollout' with Heun")
 
     def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
         "`(P, *shape) -> (P, count, *shape)`: neighbors of each noise."
@@ -111,14 +112,18 @@ class NeighborGRPO(StepAlgorithm):
 
     def step(self, rollout: Rollout, states: States, v: Tensor) -> Tensor:
         "(N, *shape): where a velocity `v` brings the anchors."
-        if self.leap_from != "rollout":
-            return euler_step(states.select(rollout.x), v, *states.times(rollout.ts))
+        x, (t, t_next) = states.select(rollout.x), states.times(rollout.ts)
+        if self.leap_from == "denoised": return denoised(x, v, t)
+        if self.leap_from != "rollout": return euler_step(x, v, t, t_next)
         response = per_state(states.select_step(step_response(rollout.ts, self.method)), v)
         return states.select(rollout.x[1:]) + response * (v - states.select(rollout.v))
 
     def leap(self, rollout: Rollout, states: States, anchor: Tensor) -> Tensor:
         "(N, G): log-probability of leaping from `anchor` to each candidate of its group."
-        candidates = rollout.x[states.step + 1, states.prompt]
+        if self.leap_from == "denoised":
+            here, t = (states.step, states.prompt), states.times(rollout.ts)[0]
+            candidates = denoised(rollout.x[here], rollout.v[here], t)
+        else: candidates = rollout.x[states.step + 1, states.prompt]
         return leaping_log_probs(candidates, anchor, self.temperature, self.reduction)
 
     def drift(self, rollout: Rollout, states: States, v: Tensor, v_old: Tensor,
@@ -128,6 +133,7 @@ class NeighborGRPO(StepAlgorithm):
 
     def response(self, ts: Tensor) -> tuple[Tensor, Tensor]:
         "(T,) each: how far the trained step moves with the velocity, and 1 for its noise."
+        if self.leap_from == "denoised": return ts[:-1], torch.ones_like(ts[:-1])
         if self.leap_from != "rollout": return super().response(ts)
         return -step_response(ts, self.method), torch.ones_like(ts[:-1])
 

@@ -132,9 +132,11 @@ class TrainSettings:
     ema: float = 0.0
     """Decay in [0, 1) of an average of the weights, which is then evaluated and sampled; 0:
     none."""
-    collector: Literal["policy", "average"] = "policy"
-    """Whose weights roll out: the policy's own, or their average (DiffusionNFT), for
-    ema > 0."""
+    collector: Literal["policy", "average", "reference"] = "policy"
+    """Whose weights roll out: the policy's own, their average (DiffusionNFT), for ema > 0,
+    or those before training (semi-on-policy, AR-CoPO)."""
+    buffer: int = 0
+    """Iterations of rollouts that the reference repeats; 0: all are new."""
     shuffle: bool = False
     "Shuffle the advantages within each group: a control that must not learn."
     seed: int = 0
@@ -158,14 +160,16 @@ class TrainSettings:
         for name in ("lr", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("lr_decay", "weight_decay", "kl_weight", "hold_weight", "seed",
-                     "micro_batch", "stop_when_worse"):
+                     "micro_batch", "buffer", "stop_when_worse"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         enough = self.lr_decay == 0 or self.iterations <= self.lr_decay
         allowed = f"at most {self.lr_decay}, the lr_decay, where the rate is zero"
         require(enough, "iterations", self.iterations, allowed)
-        known = self.collector == "policy" or self.ema > 0
-        require(known, "collector", self.collector, "'policy' when ema is 0")
+        known = self.collector != "average" or self.ema > 0
+        require(known, "collector", self.collector, "'policy' or 'reference' when ema is 0")
+        fixed = self.collector == "reference" or not self.buffer
+        require(fixed, "buffer", self.buffer, "0 unless the collector is 'reference'")
 
 # %% ../nbs/training.ipynb #74641cfc
 # the first key of `seeded`: what the numbers are for
@@ -260,7 +264,7 @@ class Run:
 
     def prepare(self) -> None:
         "Make reference and optimizer."
-        if self.penalties:
+        if self.needs_reference:
             self.reference = self.task.reference().requires_grad_(False).eval()
         self.make_optimizer()
 
@@ -280,7 +284,14 @@ class Run:
     @property
     def collector(self) -> nn.Module:
         "Whose weights roll out."
-        return self.policy if self.settings.collector == "policy" else self.velocity
+        whose = self.settings.collector
+        if whose == "reference": return self.reference or self.policy
+        return self.policy if whose == "policy" else self.velocity
+
+    @property
+    def needs_reference(self) -> bool:
+        "Whether penalties compare with the weights before training, or these collect."
+        return bool(self.penalties) or self.settings.collector == "reference"
 
     def gather(self, value: object) -> list:
         "A value from every process, in their order."
@@ -416,8 +427,9 @@ def iterate(run: Run) -> dict:  # a row of metrics
     task, algorithm, s, begin = run.task, run.algorithm, run.settings, time.perf_counter()
     dropout = seeded(s.seed, GLOBAL_KEY, run.iteration, run.rank)
     torch.manual_seed(dropout.initial_seed())
-    generators = [seeded(s.seed, GROUP_KEY, run.iteration, group) for group in run.groups]
-    prompts = choose_prompts(task.prompts, s.groups, s.seed, run.iteration)[run.groups]
+    turn = run.iteration % (s.buffer or run.iteration + 1)
+    generators = [seeded(s.seed, GROUP_KEY, turn, group) for group in run.groups]
+    prompts = choose_prompts(task.prompts, s.groups, s.seed, turn)[run.groups]
     noise = randn((len(prompts), *task.shape), generators, run.trained[0].device)
     cond = task.conditions(prompts)
 
@@ -425,8 +437,7 @@ def iterate(run: Run) -> dict:  # a row of metrics
     reward = lambda samples: total(score(task, samples, prompts))
     start = algorithm.starts(noise, algorithm.group_size, generators)
     with torch.no_grad():
-        rollout = algorithm.follow(run.collector, start, cond, generators, run.iteration,
-                                   reward)
+        rollout = algorithm.follow(run.collector, start, cond, generators, turn, reward)
     fresh = score(task, rollout.samples, prompts)
     old, rewards, news = algorithm.recall(rollout, fresh, prompts, run.memory, generators)
     updates, stats = plan(run, old, generators), SurrogateStats()

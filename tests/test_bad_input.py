@@ -152,7 +152,7 @@ CALLS = [
         lambda: NeighborGRPO(method="heun", leap_from="rollout"),
         "leap_from",
         "'rollout'",
-        "'euler' or 'stored' with Heun",
+        "another than 'rollout' with Heun",
     ),
     (lambda: NeighborGRPO(leap_from="home"), "leap_from", "'home'", "euler, stored, rollout"),
     (lambda: DanceGRPO(advantage_clip=0.0), "advantage_clip", "0.0", "> 0"),

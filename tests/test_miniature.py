@@ -265,7 +265,7 @@ def pretrain_transformer(seed=0, global_seed=0, steps=9, **more):
         averages.append(networks)
 
     loss_of = lambda: scene_loss(pipeline, latents, texts, draws, **more)
-    train_transformer(pipeline, loss_of, steps, 1e-3, watch, watch_every=4, progress=False)
+    train_transformer(networks_of(pipeline), loss_of, steps, 1e-3, watch, watch_every=4, progress=False)
     return pipeline, averages[-1], rows
 
 
@@ -485,7 +485,8 @@ def test_a_cycle_takes_captions_equally_often(total, count):
 
 def test_accuracies_are_the_verifiers_on_the_right_captions(source, monkeypatch):
     seen = []
-    monkeypatch.setattr(miniature, "draw_images", lambda p, v, captions: render(draw_layout(captions, seeded(2))))
+    rendered = lambda p, v, captions, **solver: render(draw_layout(captions, seeded(2)))
+    monkeypatch.setattr(miniature, "draw_images", rendered)
     monkeypatch.setattr(miniature, "verify", lambda x, captions: (seen.append(captions), verify(x, captions))[1])
     figures = accuracies(open_pipeline(SD3, source), 30)
     assert list(figures) == list(KINDS) and min(figures.values()) >= 0.9

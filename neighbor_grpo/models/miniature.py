@@ -6,8 +6,8 @@
 __all__ = ['LENGTH', 'CARD', 'KINDS', 'PROGRESS', 'spell', 'clip_vocabulary', 'make_tokenizers', 'make_pipeline',
            'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'scene_velocity',
            'scene_loss', 'networks_of', 'with_networks', 'train_transformer', 'solve_images', 'draw_images', 'cycle',
-           'accuracies', 'wilson', 'model_card', 'claim_pretraining', 'open_log', 'pretrain_vae', 'make_miniature',
-           'pretrain', 'ScenesSettings', 'ScenesTask', 'within']
+           'accuracies', 'wilson', 'model_card', 'claim_pretraining', 'open_log', 'pretrain_vae', 'save_half',
+           'make_miniature', 'pretrain', 'ScenesSettings', 'ScenesTask', 'within']
 
 # %% ../../nbs/models/miniature.ipynb #c72ccd2c
 import copy
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
-from ..rollouts import check_types, take
+from ..rollouts import Settings, check_types, take
 from ..flow import (Velocity, interpolate, randn, require, seeded, time_grid,
                                 velocity_target)
 from ..toyflows import one_cycle
@@ -318,7 +318,7 @@ def with_networks(
 
 
 def train_transformer(
-    pipeline: StableDiffusion3Pipeline,  # transformer and text encoders are trained in place
+    networks: nn.ModuleDict,  # such as `networks_of`; trained in place
     loss_of: Callable[[], Tensor],  # of one batch
     steps: int,  # of AdamW, >= 1
     lr: float,  # peak of its learning rate
@@ -327,8 +327,9 @@ def train_transformer(
     progress: bool = True,  # show a progress bar
     snapshot: Snapshot | None = None,  # what a killed training goes on from
 ) -> None:
-    "Minimize a loss; the pipeline is left with the average of the weights."
-    networks, losses = networks_of(pipeline).requires_grad_(True), deque(maxlen=watch_every)
+    "Minimize a loss; the networks are left with the average of their weights."
+    networks.requires_grad_(True)
+    losses = deque(maxlen=watch_every)
     optimizer = torch.optim.AdamW(networks.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01,
                                   fused=True)
     schedule = one_cycle(optimizer, lr, steps, rise=0.05, cycle_momentum=False)
@@ -362,13 +363,14 @@ def solve_images(
     captions: list[Caption],  # N of them
     steps: int = 8,  # of the solver
     seed: int = 0,  # of the noise
+    method: str = "dpm++2m",  # of the solver
 ) -> tuple[Tensor, Tensor]:  # (N, 3, 32, 32) in [0, 1]; (N,) norms of the velocities
     "Images for captions, always from the same noise."
     cond = encode_prompts(SD3, pipeline, [str(caption) for caption in captions], LENGTH)
     noise = randn((len(captions), *SD3.latent_shape(pipeline, SIZE, SIZE)), seeded(seed, 9))
     ts = time_grid(steps, SD3.shift(pipeline, SIZE, SIZE))
     rows = torch.arange(len(captions)).split(192)
-    paths = [solve(velocity, noise[part], ts, take(cond, part)) for part in rows]
+    paths = [solve(velocity, noise[part], ts, take(cond, part), method) for part in rows]
     norms = torch.cat([velocity_norm(path.v) for path in paths])
     return decode(pipeline, torch.cat([path.x[-1] for path in paths]), 256), norms
 
@@ -379,9 +381,10 @@ def draw_images(
     captions: list[Caption],  # N of them
     steps: int = 8,  # of the solver
     seed: int = 0,  # of the noise
+    method: str = "dpm++2m",  # of the solver
 ) -> Tensor:  # (N, 3, 32, 32) in [0, 1]
     "The images of `solve_images` alone."
-    return solve_images(pipeline, velocity, captions, steps, seed)[0]
+    return solve_images(pipeline, velocity, captions, steps, seed, method)[0]
 
 # %% ../../nbs/models/miniature.ipynb #c7a94dfa
 def cycle(
@@ -396,6 +399,8 @@ def cycle(
 def accuracies(
     pipeline: StableDiffusion3Pipeline,
     images: int = 192,  # of each kind
+    steps: int = 8,  # of the solver
+    method: str = "dpm++2m",  # of the solver
 ) -> dict[str, float]:
     "Strict accuracy on each kind of caption, seen in pretraining or not."
     counts, relations = split_captions("count"), split_captions("relation")
@@ -404,7 +409,8 @@ def accuracies(
                  relation_unseen=relations["unseen"])
     policy = PipelinePolicy(SD3, pipeline.transformer).requires_grad_(False)
     kinds = {name: cycle(captions, images) for name, captions in kinds.items()}
-    return {name: verify(draw_images(pipeline, policy, captions), captions)[0].mean().item()
+    draw = partial(draw_images, pipeline, policy, steps=steps, method=method)
+    return {name: verify(draw(captions), captions)[0].mean().item()
             for name, captions in kinds.items()}
 
 # %% ../../nbs/models/miniature.ipynb #31dfe359
@@ -519,11 +525,11 @@ PROGRESS = ".progress"  # of a pretraining, in its folder, until it is complete
 
 def claim_pretraining(
     folder: Path,  # new, empty, or of a pretraining that was killed
-    settings: PretrainSettings,
+    settings: Settings,  # with a `source`
 ) -> None:
     "Refuse a folder with something else in it, and a killed pretraining with other settings."
     note, said = folder / PROGRESS / "settings.json", dict(vars(settings))
-    if settings.source: said["source"] = str(Path(settings.source).absolute())
+    if said["source"]: said["source"] = str(Path(said["source"]).absolute())
     if note.exists(): return check_config(json.loads(note.read_text()), said)
     found = [path.name for path in folder.iterdir()] if folder.exists() else []
     require(set(found) <= {PROGRESS}, "folder", str(folder),
@@ -571,6 +577,19 @@ def pretrain_vae(
     return latents
 
 
+def save_half(
+    pipeline: StableDiffusion3Pipeline,  # is in half precision afterwards
+    folder: Path,
+) -> None:
+    "Write a pipeline in half precision, and not whence it came."
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
+    for part in (pipeline, pipeline.vae, pipeline.transformer):
+        part.register_to_config(_name_or_path="")
+    with quiet(): pipeline.save_pretrained(folder)
+
+
 def make_miniature(
     folder: Path,  # becomes the pipeline's
     settings: PretrainSettings,
@@ -598,16 +617,11 @@ def make_miniature(
     ):
         draws = seeded(settings.seed, 2 + (stage == "guidance"))
         loss_of = partial(scene_loss, pipeline, latents, texts, draws, teacher, settings.guidance)
-        train_transformer(pipeline, loss_of, steps, lr, partial(watch, stage, done),
+        train_transformer(networks_of(pipeline), loss_of, steps, lr, partial(watch, stage, done),
                           settings.watch_every, progress,
                           Snapshot(folder / PROGRESS, stage, draws=draws))
         teacher, done = with_networks(pipeline, copy.deepcopy(networks_of(pipeline))), done + steps
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, torch.float16)  # the pipeline's own `to` would warn
-    for part in (pipeline, pipeline.vae, pipeline.transformer):
-        part.register_to_config(_name_or_path="")  # whence it came
-    with quiet(): pipeline.save_pretrained(folder)
+    save_half(pipeline, folder)
     (folder / "README.md").write_text(model_card(read_rows(folder / "log.jsonl")), encoding="utf-8")
 
 
@@ -629,7 +643,7 @@ class ScenesSettings(PipelineSettings):
     "The scenes task: the packaged miniature, rewarded for what its captions ask."
     source: str = ""
     """Folder of a pipeline that `neighbor-grpo pretrain` made; without it the one of this package,
-    which sd3 knows as miniature."""
+    which sd3 knows as miniature; miniature-4: the one distilled to four steps."""
     rewarded: Literal["count", "relation"] = "count"
     "Which captions are trained; those of the other kind and single shapes are watched."
     reward: Literal["graded", "strict"] = "graded"
@@ -639,6 +653,8 @@ class ScenesSettings(PipelineSettings):
     "Images of each held-out figure, from fixed noise; at least 48."
     eval_steps: int = 8
     "Solver steps of an evaluation image."
+    eval_method: Literal["euler", "heun", "dpm++2m", "ab2"] = "dpm++2m"
+    "Its solver; a pipeline distilled to a few steps wants Euler's."
 
     def __post_init__(self):
         super().__post_init__()
@@ -695,13 +711,15 @@ class ScenesTask(PipelineTask):
     def sample(self, velocity: Velocity, captions: list[Caption],  # N of them
                seed: int = 0) -> Tensor:  # (N, 3, 32, 32) in [0, 1]
         "Images for captions, always from the same noise."
-        return draw_images(self.pipeline, velocity, captions, self.settings.eval_steps, seed)
+        s = self.settings
+        return draw_images(self.pipeline, velocity, captions, s.eval_steps, seed, s.eval_method)
 
     def look(self, velocity: Velocity, view: View = View()) -> Seen:
         "Images for held-out captions: strict accuracy (`reward`), graded, and signs of hacking."
         captions = cycle(self.held, view.count or self.settings.eval_images)
-        images, norms = solve_images(self.pipeline, velocity, captions,
-                                     view.steps or self.settings.eval_steps, view.seed)
+        s = self.settings
+        images, norms = solve_images(self.pipeline, velocity, captions, view.steps or s.eval_steps,
+                                     view.seed, s.eval_method)
         strict, graded = verify(images, captions)
         known = dict(reward=strict, graded=graded) | signs_of(images)
         known |= dict(velocity_norm=norms, diversity=within(images, captions))

@@ -92,9 +92,8 @@ class Trainer(Run):
         self.groups = self.groups[self.rank * s.groups // size:][:s.groups // size]
         with open_run(self.out, self.config, self.resume) if self.out else nullcontext():
             if self.out: self.checkpoints = Checkpoints(self.out / "checkpoints", s.keep)
-            if (
-                self.penalties
-            ):  # from the run folder on resume: the task's policy may have moved since
+            # from the run folder on resume: the task's policy may have moved since
+            if self.needs_reference:
                 self.reference = load_or_train(self.out, "reference", self.task.reference(),
                                                lambda network: network)
             # made from the whole policy
