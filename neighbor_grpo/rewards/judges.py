@@ -33,6 +33,7 @@ from .programs import (
 from .ocr import OCR
 from .remote import RemoteReward, one_line, refuse_secrets
 from .remote import RewardServer  # noqa: F401 (for `serve`)
+from .vlm import VLM
 
 # %% ../../nbs/rewards/judges.ipynb #65ee1bfe
 def middle(picture: Image.Image,  # any size, any mode
@@ -355,7 +356,7 @@ class Aesthetic(CLIPJudge):
 # %% ../../nbs/rewards/judges.ipynb #a187bccc
 REWARDS: dict[str, type[Reward]] = dict(  # of one's own: REWARDS["name"] = Kind
     compressibility=Compressibility, clip=CLIPScore, pickscore=PickScore, hps=HPSv21,
-    aesthetic=Aesthetic, ocr=OCR, remote=RemoteReward, function=FunctionReward)
+    aesthetic=Aesthetic, ocr=OCR, vlm=VLM, remote=RemoteReward, function=FunctionReward)
 
 
 def spelled_out(

@@ -21,8 +21,8 @@ def wanted_text(
 ) -> str:
     "What a picture is to say."
     quoted = re.search(r'["\u201c](.+?)["\u201d]', prompt)
-    texts = [record.get("ocr"), record.get("text"), quoted and quoted[1]]
-    texts = [text for text in texts if isinstance(text, str) and plain_text(text)]
+    given = (record.get("ocr"), record.get("text"), quoted and quoted[1])
+    texts = [text for text in given if isinstance(text, str) and plain_text(text)]
     texts = [text for text in texts if " ".join(text.split()) != prompt]  # `text` may be the prompt
     require(bool(texts), "prompt", prompt, "with a text in double quotes, or a field `ocr`")
     return texts[0]

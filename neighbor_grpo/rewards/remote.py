@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'BYTES', 'TOKEN', 'SECRETS', 'Result', 'one_line', 'pack_request', 'read_header', 'unpack_request', 'token',
-           'refuse_secrets', 'checked_url', 'RewardServer', 'Unavailable', 'trusted', 'exchange', 'within', 'portions',
-           'failure', 'RemoteReward']
+           'refuse_secrets', 'checked_url', 'RewardServer', 'Unavailable', 'Nonsense', 'trusted', 'exchange', 'within',
+           'portions', 'failure', 'Client', 'RemoteReward', 'rewards_in']
 
 # %% ../../nbs/rewards/remote.ipynb #07cc3265
 import asyncio
 import hashlib
 import hmac
 import json
+import math
 import os
 import queue
 import re
@@ -115,11 +116,13 @@ SECRETS = (
 )
 
 
-def token() -> str:  # "": none
+def token(
+    name: str = TOKEN,  # of a variable of the environment
+) -> str:  # "": none
     "The token of this process."
-    value = os.environ.get(TOKEN, "")
+    value = os.environ.get(name, "")
     if not re.fullmatch(r"[!-~]*", value):  # `require` would repeat it
-        raise ValueError(f"{TOKEN} must be printable ASCII without spaces")
+        raise ValueError(f"{name} must be printable ASCII without spaces")
     return value
 
 
@@ -133,7 +136,8 @@ def refuse_secrets(
     if re.search(SECRETS, re.sub(following, "\n", text) if names else text, re.IGNORECASE):
         raise ValueError(
             "url must be without user, password or token, since it is written into files; put "
-            f"the token into the environment variable {TOKEN}, here and at the server"
+            f"the token into the environment variable {TOKEN}, here and at the server; of a vision-"
+            "language model into NEIGHBOR_GRPO_VLM_TOKEN"
         )
 
 
@@ -382,6 +386,10 @@ class Unavailable(Exception):
     after = 0.0  # seconds until the next attempt makes sense
 
 
+class Nonsense(Unavailable):
+    "An answer that cannot be used."
+
+
 def trusted(
     url: str,
 ) -> ssl.SSLContext | bool:  # True: the authorities of the system
@@ -401,11 +409,13 @@ async def exchange(
     body: bytes,  # of the request
     most: int,  # bytes to read of the answer
     seconds: float,  # for all of it
+    kind: str = BYTES,  # of the request
+    secret: str = TOKEN,  # variable of the environment with the token
 ) -> tuple[int, dict[str, str], bytes]:  # status, headers, at most `most + 1` bytes
     """Ask once. Nothing is followed or decompressed; the environment gives a token and authorities
     only."""
-    headers = {"Content-Type": BYTES, "Accept-Encoding": "identity"}
-    if token(): headers["Authorization"] = f"Bearer {token()}"
+    headers = {"Content-Type": kind, "Accept-Encoding": "identity"}
+    if token(secret): headers["Authorization"] = f"Bearer {token(secret)}"
     found, authorities = b"", trusted(url)
     with anyio.fail_after(seconds):
         async with httpx2.AsyncClient(trust_env=False, timeout=None, verify=authorities) as client:
@@ -495,9 +505,14 @@ def failure(
     return error, state.seconds_since_start
 
 
-class RemoteReward(Reward):
-    "A reward computed by a `RewardServer`."
-    source, needs_source = "URL", True
+class Client(Reward):
+    "Asks a server, within bounds of time and bytes."
+    type_of_request, secret = BYTES, TOKEN
+    "Of the body, and the variable of the environment that holds the token."
+    type_of_answer = ""
+    "What an answer must be; empty: anything that is JSON."
+    tries = math.inf
+    "Answers without sense, after which no other attempt begins."
 
     def __init__(self, url: str,  # http://machine:port
                  timeout: float = 300.0,  # seconds of an attempt, from its name to its last byte
@@ -506,30 +521,22 @@ class RemoteReward(Reward):
         for name in ("timeout", "patience"):
             require(vars(self)[name] > 0, name, vars(self)[name], "> 0")
 
-    @classmethod
-    def check_source(cls, source: str) -> None:
-        refuse_secrets(checked_url(source))
-
-    @classmethod
-    def short_name(cls, source: str) -> str:
-        return re.sub(r"^https?://", "", source).rstrip("/")
-
-    def score_records(self, pictures: list[Image.Image], prompts: list[str],
-                      records: list[dict]) -> Tensor:
-        refuse_secrets(self.url)
-        return torch.cat([self.insist(pictures[k], prompts[k], records[k])
-                          for k in portions(pictures)])
-
-    def insist(self, pictures: list[Image.Image], prompts: list[str],
-               records: list[dict]) -> Tensor:
-        "Send one request again and again, until it is answered or patience ends."
-        body = pack_request(pictures, prompts, request := uuid.uuid4().hex, records)
+    def insist(self, body: bytes, most: int, read: Callable[[dict], Result]) -> Result:
+        "Send one request again and again, until its answer can be read or patience ends."
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Unavailable), reraise=True, wait=self.pause,
-            before_sleep=self.tell, stop=tenacity.stop_after_delay(self.patience))
-        try: return retrying(self.ask, body, request, len(pictures))
+            before_sleep=self.tell, stop=self.enough)
+        try: return retrying(self.ask, body, most, read)
         except Unavailable as e:
-            raise RuntimeError(f"no reward from {self.url} in {self.patience:g} s: {e}") from e
+            often = self.tries < math.inf and isinstance(e, Nonsense)
+            bound = f"{self.tries} attempts" if often else f"{self.patience:g} s"
+            raise RuntimeError(f"no reward from {self.url} in {bound}: {e}") from e
+
+    def enough(self, state: tenacity.RetryCallState) -> bool:
+        "Whether no other attempt begins."
+        error, spent = failure(state)
+        often = isinstance(error, Nonsense) and state.attempt_number >= self.tries
+        return often or spent >= self.patience
 
     def pause(self, state: tenacity.RetryCallState) -> float:
         "Seconds until the next attempt: growing, or what the server asks for; within patience."
@@ -544,10 +551,10 @@ class RemoteReward(Reward):
               f"again in {state.upcoming_sleep:.1f} s, giving up in {self.patience - spent:.1f} s",
               file=sys.stderr, flush=True)
 
-    def ask(self, body: bytes, request: str, count: int) -> Tensor:
-        "One attempt: the rewards, `Unavailable` if another may help, a RuntimeError if none will."
-        most = bytes_of_answer(count)
-        try: answer = within(self.timeout + 1, exchange, self.url, body, most, self.timeout)
+    def ask(self, body: bytes, most: int, read: Callable[[dict], Result]) -> Result:
+        "One attempt: what is read, `Unavailable` if another may help, a RuntimeError if none will."
+        about = (self.url, body, most, self.timeout, self.type_of_request, self.secret)
+        try: status, headers, content = within(self.timeout + 1, exchange, *about)
         except TimeoutError as e:
             raise Unavailable(f"no complete answer in {self.timeout:g} s") from e
         except (httpx2.HTTPError, OSError) as e:
@@ -555,10 +562,10 @@ class RemoteReward(Reward):
             if not reason.startswith("SSLCertVerificationError"): raise Unavailable(reason) from e
             raise RuntimeError(f"the certificate of {self.url} is not trusted ({reason}); "
                                "SSL_CERT_FILE may name a file with that of its authority") from e
-        self.refuse(*answer)
-        _, headers, content = answer
-        try: return self.read(headers, content, request, count)
-        except Exception as e: raise Unavailable(f"nonsense: {one_line(e)}") from e
+        if secret := token(self.secret): content = content.replace(secret.encode(), b"...")
+        self.refuse(status, headers, content)
+        try: return read(self.parsed(headers, content, most))
+        except Exception as e: raise Nonsense(f"nonsense: {one_line(e)}") from e
 
     def refuse(self, status: int, headers: dict[str, str], content: bytes) -> None:
         "Raise what a status calls for; 200 calls for nothing."
@@ -573,14 +580,49 @@ class RemoteReward(Reward):
             error.after = seconds_of(headers.get("retry-after", ""))
             raise error
 
-    def read(self, headers: dict, content: bytes, request: str, count: int) -> Tensor:
-        "The rewards in an answer."
-        encoding = headers.get("content-encoding", "none")
+    def parsed(self, headers: dict[str, str], content: bytes, most: int) -> dict:
+        "An answer, if it is what was agreed on."
+        encoding, kind = (headers.get(f"content-{name}", "none") for name in ("encoding", "type"))
         require(encoding in ("none", "identity"), "encoding", encoding, "none")
-        most = bytes_of_answer(count)
+        require(kind.startswith(self.type_of_answer), "type", kind, self.type_of_answer)
         require(len(content) <= most, "answer", f"more than {most} bytes", f"at most {most} bytes")
-        found = json.loads(content)
-        require(found["request"] == request, "request", found["request"], request)
-        numbers = all(type(reward) in (int, float) for reward in found["rewards"])
-        require(numbers, "rewards", text_of(content), "numbers")
-        return check_scores(found["rewards"], count)
+        return json.loads(content)
+
+
+class RemoteReward(Client):
+    "A reward computed by a `RewardServer`."
+    source, needs_source = "URL", True
+
+    @classmethod
+    def check_source(cls, source: str) -> None:
+        refuse_secrets(checked_url(source))
+
+    @classmethod
+    def short_name(cls, source: str) -> str:
+        return re.sub(r"^https?://", "", source).rstrip("/")
+
+    def score_records(self, pictures: list[Image.Image], prompts: list[str],
+                      records: list[dict]) -> Tensor:
+        refuse_secrets(self.url)
+        return torch.cat([self.request(pictures[k], prompts[k], records[k])
+                          for k in portions(pictures)])
+
+    def request(self, pictures: list[Image.Image], prompts: list[str],
+                records: list[dict]) -> Tensor:
+        "The rewards of what fits into one request."
+        count, number = len(pictures), uuid.uuid4().hex
+        body = pack_request(pictures, prompts, number, records)
+        read = lambda found: rewards_in(found, number, count)
+        return self.insist(body, bytes_of_answer(count), read)
+
+
+def rewards_in(
+    found: dict,  # an answer
+    request: str,  # number of what was asked
+    count: int,  # of its pictures
+) -> Tensor:  # (count,)
+    "The rewards in an answer."
+    require(found["request"] == request, "request", found["request"], request)
+    numbers = all(type(reward) in (int, float) for reward in found["rewards"])
+    require(numbers, "rewards", json.dumps(found)[:500], "numbers")
+    return check_scores(found["rewards"], count)

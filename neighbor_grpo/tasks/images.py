@@ -67,7 +67,7 @@ class ImagesSettings(PipelineSettings):
     "Train on so many prompts, the first of the file; 0: on all."
     rewards: str = "compressibility"
     """[WEIGHT*]NAME[@SOURCE], with commas between them: compressibility, clip, pickscore, hps,
-    aesthetic, ocr, remote@URL, or a function FILE.py:FUNCTION."""
+    aesthetic, ocr, vlm@ADDRESS#MODEL, remote@URL, or a function FILE.py:FUNCTION."""
     judges: str = ""
     "Rewards that judge evaluations and are not trained on, in the same form."
     combine: Literal["advantages", "rewards"] = "advantages"
