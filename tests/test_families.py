@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_auraflow, tiny_flux, tiny_flux2
 from torch import nn
 
-from neighbor_grpo.cli import DEFAULTS, defaults_of, read_command
+from neighbor_grpo.cli import DEFAULTS, defaults_of, main, read_command
 from neighbor_grpo.flow import Shift, time_grid
 from neighbor_grpo.models import pipeline as pipelines
 from neighbor_grpo.models.pipeline import ADAPTER, Family, count_cut, encode_prompts, open_pipeline, save_policy
+from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import FAMILIES, ImagesSettings, ImagesTask, collect, family_of, write_encoded
@@ -220,3 +221,32 @@ def test_prompts_that_an_older_version_encoded_open(tmp_path, monkeypatch):
     assert all(torch.equal(found[name], told[name]) for name in told)
     with safe_open(tmp_path / "run/prompts.safetensors", "pt") as file:
         assert file.metadata() == {"key": key}
+
+
+RUN = (
+    "--height 16 --width 16 --max_sequence_length 24 --groups 2 --group_size 4 --anchors 2 --steps 4 --trained_steps 2"
+)
+RUN += " --eval_images 2 --eval_steps 2 --train_prompts 3 --precision float32 --device cpu --lora_rank 4 --quiet"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd3.5-turbo", "flux-schnell", "flux2-klein", "qwen"])
+def test_a_run_of_images_is_trained_resumed_evaluated_sampled_and_saved(name, tmp_path, capsys):
+    "By the command, in four steps, and with the guidance that the pipeline has."
+    case, out = CASES[name], tmp_path / "run"
+    with quiet():
+        case.make().save_pretrained(tmp_path / "base")
+    words = ["train", "images", "--source", str(tmp_path / "base"), *RUN.split(), "--iterations", "1"]
+    words += ["--guidance_scale", str(case.guided), "--train_guidance_scale", str(case.guided)]
+    assert main([*words, "--out", str(out)]) == 0
+    assert main(["train", "--out", str(out), "--resume", "--iterations", "2", "--quiet"]) == 0
+    assert [row["iteration"] for row in read_rows(out / "metrics.jsonl")] == [1, 2]
+    assert json.loads((out / "config.json").read_text())["task_name"] == "images"
+    for command in ("evaluate", "sample", "save"):
+        assert main([command, str(out)]) == 0, capsys.readouterr().err
+    plain = open_pipeline(case.family, tmp_path / "base")
+    plain.load_lora_weights(next(out.glob("trained-*")))
+    pipeline = open_pipeline(case.family, tmp_path / "base")
+    noise = case.noise(pipeline, case.sizes[0])
+    base, trained = (case.draw(each, noise, case.guided, case.sizes[0], 4) for each in (pipeline, plain))
+    assert 0 < (trained - base).abs().max() < 0.1
