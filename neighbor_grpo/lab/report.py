@@ -193,11 +193,13 @@ def figures_of(
 STYLE = """
 :root { color-scheme: light dark; --line: #8888; --warn: #9a3b00; --ink: #111; --paper: #fff; }
 @media (prefers-color-scheme: dark) { :root { --warn: #ffb27a; --ink: #eee; --paper: #121212; } }
-body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 60rem; margin: 0 auto; padding: 1rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; }
 td { white-space: nowrap; } th[scope=col] { vertical-align: bottom; }
-svg { width: 100%; min-width: 40rem; height: auto; } section > img { max-width: 100%; height: auto; }
+svg { width: 100%; min-width: 40rem; height: auto; }
+section > img { max-width: 100%; height: auto; }
 .pixels { image-rendering: pixelated; } .warning { color: var(--warn); font-weight: 600; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
