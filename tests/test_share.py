@@ -1,4 +1,4 @@
-"""What `save` leaves for others, and `--push`: a card that tells no secrets, and a hub that is asked only when told to."""
+"""What `save` leaves for others, and `--push`: a card without secrets, and a hub that is asked only when told to."""
 
 import json
 import re
