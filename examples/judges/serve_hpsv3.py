@@ -1,0 +1,19 @@
+"""HPSv3 behind an address: python serve_hpsv3.py [CHECKPOINT], then --rewards remote@http://machine:8000"""
+
+import sys
+
+import torch
+from hpsv3 import HPSv3RewardInferencer
+
+from neighbor_grpo.rewards.remote import RewardServer
+
+model = HPSv3RewardInferencer(checkpoint_path=(sys.argv[1:] or [None])[0], device="cuda")
+
+
+@torch.no_grad()
+def judge(pictures, prompts):
+    "The mean of each score; the second number of the model is its spread."
+    return [model.reward([picture], [prompt])[0][0].item() for picture, prompt in zip(pictures, prompts)]
+
+
+RewardServer(judge, host="0.0.0.0", port=8000, names=["HPSv3"]).serve_forever()
