@@ -12,8 +12,13 @@ from tiny import tiny_sd3
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.models.pipeline import PipelinePolicy, PipelineSettings, WithoutAdapters, save_policy
 from neighbor_grpo.models.sd3 import SD3
+from neighbor_grpo.rewards.programs import Reward
+from neighbor_grpo.runs.folder import Stored
+from neighbor_grpo.runs.machine import choose_device
 from neighbor_grpo.runs.state import trained_state
 from neighbor_grpo.runs.trainer import Trainer
+from neighbor_grpo.tasks import images
+from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask
 from neighbor_grpo.training import Run, TrainSettings
 
 
@@ -99,3 +104,39 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         Run(TinyTask(), ALGORITHM, TrainSettings(optimizer="adamw8bit"))
     with pytest.raises(ValueError, match="optimizer must be 'adamw' where weights are split"):
         Trainer(TinyTask(), ALGORITHM, TrainSettings(optimizer="adamw8bit"), split=len)
+
+
+class Judge(Reward):
+    "Notes where it is moved to, and where it is when it judges."
+
+    def __init__(self):
+        self.place, self.notes = "cpu", []
+
+    def to(self, device):
+        self.place = str(device)
+
+    def score(self, pictures, prompts):
+        self.notes.append(self.place)
+        return [1.0] * len(pictures)
+
+
+def test_decoder_and_judges_visit_the_device(monkeypatch):
+    judge, moves = Judge(), []
+    monkeypatch.setattr(images, "make_rewards", lambda text, device: ([judge], [1.0]))
+    settings = ImagesSettings(source="miniature", height=32, width=32, offload=True, eval_images=2, eval_steps=2)
+    task = ImagesTask(settings, progress=False)
+    task.device = "meta"
+    task.pipeline.vae.to = moves.append
+    x = randn((2, *task.shape), seeded(0))
+    assert task.reward(x, torch.tensor([0, 1])).tolist() == [1.0, 1.0]
+    assert moves == ["meta", "cpu"] and judge.place == "cpu" and judge.notes == [str(choose_device())]
+
+
+def test_of_the_encoded_prompts_rows_are_read_by_need(tmp_path, monkeypatch):
+    settings = ImagesSettings(source="miniature", height=32, width=32)
+    task, whole = ImagesTask(settings, tmp_path, progress=False), ImagesTask(settings, progress=False)
+    read, rows = [], Stored.rows
+    monkeypatch.setattr(Stored, "rows", lambda self, name, *ends: read.append(ends) or rows(self, name, *ends))
+    found, expected = (some.conditions(torch.tensor([5, 2, 5])) for some in (task, whole))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert set(read) == {(5, 6), (2, 3)}

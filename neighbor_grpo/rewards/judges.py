@@ -180,6 +180,10 @@ class CLIPJudge(Reward):
         "The network, from a folder, a file or the hub."
         return load_clip(source, self.dtype, offline)
 
+    def to(self, device: torch.device | str) -> None:
+        "Move the network."
+        self.device, self.model = torch.device(device), self.model.to(device)
+
     def clean(self, prompt: str) -> str:
         "A prompt as the tokenizer gets it."
         if not self.cleans: return prompt
@@ -346,6 +350,10 @@ class Aesthetic(CLIPJudge):
                        for weight, bias in pairs]
         given, width = self.layers[0][0].shape[1], self.model.config.projection_dim
         require(given == width, "head", f"one for {given}", f"one for CLIP's {width} numbers")
+
+    def to(self, device: torch.device | str) -> None:
+        super().to(device)
+        self.layers = [(weight.to(device), bias.to(device)) for weight, bias in self.layers]
 
     @torch.no_grad()
     def score(self, pictures: list[Image.Image], prompts: list[str]) -> Tensor:

@@ -117,6 +117,9 @@ class Reward:
         "Instead of `score`, for a kind that needs the record of each prompt as well."
         return self.score(pictures, prompts)
 
+    def to(self, device: torch.device | str) -> None:
+        "Move its network, if it has one here."
+
     @classmethod
     def open(cls, source: str | None,  # what a list of rewards names
              device: torch.device | str,  # of its network, if it has one

@@ -541,7 +541,7 @@ def read_config(
 
 # What may change on resume: another place of the same files, and another machine.
 MAY_CHANGE = ("iterations", "keep", "versions", "source", "prompts", "held_out", "device",
-              "min_memory", "plugins", "stop_when_worse", "stop_figure")
+              "min_memory", "offload", "plugins", "stop_when_worse", "stop_figure")
 # What runs did before there was a setting for it.
 EARLIER = dict(optimizer="adamw", quantize="none")
 

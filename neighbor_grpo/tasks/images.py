@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'Keep', 'FAMILIES', 'ImagesSettings', 'collect', 'write_encoded', 'encode_and_drop', 'open_encoded',
-           'family_of', 'with_guidance', 'ImagesTask']
+           'visiting', 'Visitor', 'family_of', 'with_guidance', 'ImagesTask']
 
 # %% ../../nbs/tasks/images.ipynb #186c18ae
 import hashlib
@@ -13,7 +13,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,6 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import trange
 
@@ -33,8 +33,9 @@ from ..solvers import solve
 from ..rewards.judges import (
     Rewards, absolute_rewards, make_rewards, reward_files, reward_names)
 from ..runs.folder import (
-    checksum, gather, make_folder, read_sealed, seal, sync_folder, world, write_atomically)
+    Stored, checksum, gather, make_folder, read_sealed, seal, sync_folder, world, write_atomically)
 from ..runs.machine import choose_device
+from ..rewards.programs import Reward
 from ..rewards.signs import diversity, signs_of, velocity_norm
 from ..runs.pictures import Seen, View, draw_panels, image_grid, spread_frames
 from ..models.pipeline import (
@@ -88,6 +89,8 @@ class ImagesSettings(PipelineSettings):
     "Solver steps of an evaluation image."
     decode_batch: int = 8
     "Images that are decoded at once."
+    offload: bool = False
+    "Keep decoder and judges in the computer's memory, each on the device only while it works."
     device: str = ""
     "Where everything runs, such as cuda or cpu; without it the accelerator if there is one."
     min_memory: float = 0.0
@@ -333,7 +336,7 @@ def open_encoded(
     device: torch.device,  # where they work
     progress: bool = True,  # show a progress bar
     revision: str | None = None,  # of a model on the hub
-) -> tuple[DiffusionPipeline, dict[str, Tensor]]:  # without encoders; by prompt, negative last
+) -> tuple[DiffusionPipeline, Mapping[str, Tensor]]:  # without encoders; by prompt, negative last
     "Open a pipeline and encode the prompts, or find them encoded."
     path = Path(folder) / "prompts.safetensors" if folder else None
     key, told = fingerprint(settings, [*prompts, ""]), None
@@ -354,7 +357,7 @@ def open_encoded(
             os.replace(path.with_suffix(".partial"), path)
             sync_folder(path.parent)
     gather("encoded")  # whoever did not ask waits for the file
-    if path: return pipeline, load_file(path)
+    if path: return pipeline, Stored([path])
     assert told is not None  # `collect` has it in memory
     return pipeline, told
 
@@ -368,6 +371,28 @@ def distances(
     return [(images[i] - images[j]).square().mean().sqrt().item() for i, j in pairs]
 
 # %% ../../nbs/tasks/images.ipynb #5204639d
+@contextmanager
+def visiting(
+    guest: nn.Module | Reward,
+    device: torch.device,  # where it works
+    leaves: bool = True,  # and goes back to the computer's memory
+) -> Iterator[None]:
+    "Something that is on a device for a while."
+    guest.to(device)
+    try: yield
+    finally:
+        if leaves: guest.to("cpu")
+
+
+class Visitor(Reward):
+    "A judge that is on the device only while it works."
+    def __init__(self, judge: Reward, device: torch.device):
+        self.judge, self.device = judge, device
+
+    def __call__(self, images: Tensor | list, prompts: list[str],
+                 records: list[dict] | None = None) -> Tensor:
+        with visiting(self.judge, self.device): return self.judge(images, prompts, records)
+
 FAMILIES: dict[str, Family] = {"sd3": SD3, "flux": FLUX, "flux2": FLUX2, "qwen": QWEN,
                                "zimage": ZIMAGE, "sana": SANA, "wan": WAN}
 
@@ -420,13 +445,13 @@ class ImagesTask(PipelineTask):
         if progress and not inputs and world()[0] == 0: say_held(s, train, held)
         self.device = choose_device(s.device, s.min_memory)
         # float32: scores of a group are close
-        judges, weights = make_rewards(s.rewards, self.device)
+        judges, weights = self.open_judges(s.rewards)
         self.names = reward_names(s.rewards)
         self.judge = Rewards(judges, weights, s.combine == "rewards")
         self.reward_weights = None if self.judge.total else weights
         self.rewards, self.trained_on = s.rewards, ("reward", *self.names)
         watched = reward_names(f"{s.rewards},{s.judges}")[len(judges):] if s.judges else []
-        self.watched = dict(zip(watched, make_rewards(s.judges, self.device)[0] if watched else []))
+        self.watched = dict(zip(watched, self.open_judges(s.judges)[0] if watched else []))
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
         self.pipeline, self.cond = open_encoded(
             s, self.family, self.texts, folder, self.device, progress, self.revision)
@@ -436,7 +461,13 @@ class ImagesTask(PipelineTask):
         self.shift = self.shift_at(s.eval_steps)
         self.settings = with_guidance(self.family, self.pipeline, s, progress and not inputs)
         self.policy = self.make_policy(self.pipeline, seed)
-        self.pipeline.vae.to(self.device)
+        if not s.offload: self.pipeline.vae.to(self.device)
+
+    def open_judges(self, text: str) -> tuple[list[Reward], list[float]]:
+        "The rewards of a list and their weights."
+        if not self.settings.offload: return make_rewards(text, self.device)
+        judges, weights = make_rewards(text, "cpu")
+        return [Visitor(judge, self.device) for judge in judges], weights
 
     def make_policy(self, pipeline: DiffusionPipeline, seed: int = 0) -> PipelinePolicy:
         "A policy around a pipeline's transformer."
@@ -459,8 +490,13 @@ class ImagesTask(PipelineTask):
     base = property(open_base)  # is not kept in memory
 
     def conditions(self, prompts: Tensor) -> dict[str, Tensor]:
-        "The encoded prompts `(P,)`."
-        return {key: value.to(self.device) for key, value in take(self.cond, prompts.cpu()).items()}
+        "The encoded prompts `(P,)`; of a file, these rows alone are read."
+        if isinstance(self.cond, Stored):
+            rows = [{name: self.cond.rows(name, i, i + 1) for name in self.cond}
+                    for i in prompts.tolist()]
+            told = {name: torch.cat([row[name] for row in rows]) for name in self.cond}
+        else: told = take(dict(self.cond), prompts.cpu())
+        return {name: value.to(self.device) for name, value in told.items()}
 
     def shift_at(self, steps: int) -> float:
         "The shift of the pipeline's own grid of so many steps."
@@ -469,10 +505,11 @@ class ImagesTask(PipelineTask):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         "`(N, *shape) -> (N, 3, H, W)` in [0, 1]; of videos `(N, seen_frames, 3, H, W)`."
-        parts = latents.split(self.settings.decode_batch)
-        images = (self.family.decode(self.pipeline, part) for part in parts)
-        if self.family.video: images = (spread_frames(i, self.settings.seen_frames) for i in images)
-        return torch.cat([*images])
+        parts, seen = latents.split(self.settings.decode_batch), self.settings.seen_frames
+        with visiting(self.pipeline.vae, self.device, self.settings.offload):
+            images = (self.family.decode(self.pipeline, part) for part in parts)
+            if self.family.video: images = (spread_frames(some, seen) for some in images)
+            return torch.cat([*images])
 
     def reward(self, samples: Tensor, prompts: Tensor) -> Tensor:
         "`(N, *shape), (N,) -> (N,)`, or `(N, R)` for R rewards."
