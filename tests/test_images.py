@@ -12,7 +12,6 @@ import diffusers
 import pytest
 import torch
 from helpers import STRAYED, strayed
-from safetensors.torch import load_file
 from test_algorithms import SMALL
 from tiny import tiny_flux, tiny_sd3
 
@@ -24,7 +23,7 @@ from neighbor_grpo.models.sd3 import SD3
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.rivals.modifiers import Modifier
-from neighbor_grpo.runs.folder import read_rows
+from neighbor_grpo.runs.folder import Checkpoints, read_rows
 from neighbor_grpo.runs.machine import choose_device, quiet
 from neighbor_grpo.runs.state import trained_state
 from neighbor_grpo.runs.trainer import Trainer
@@ -395,8 +394,7 @@ def test_two_processes_of_the_command_equal_one(folder, tmp_path, monkeypatch, s
     start = trained_state(make(folder, "sd35", 2, lora_alpha=0).policy)
     flat = lambda tensors: torch.cat([tensors[key].flatten() for key in start])
     for name in ("policy", "ema"):
-        file = Path("run", "checkpoints", "000003", f"{name}.safetensors")
-        ours, theirs = load_file(tmp_path / file), load_file(one / file)
+        ours, theirs = (Checkpoints(path / "run" / "checkpoints").load()[0][name] for path in (tmp_path, one))
         assert ours.keys() == theirs.keys() == start.keys()
         assert strayed(flat(ours), flat(theirs), flat(start)) < STRAYED
     ours, theirs = (read_rows(path / "run" / "eval.jsonl") for path in (tmp_path, one))
