@@ -96,7 +96,7 @@ def measure_distilled(
     folder: str | Path,  # gets distilled.csv
     student: str | Path = "miniature-4",
     seeds: Sequence[int] = (1, 2, 3),  # of the noise
-    images: int = 192,  # of each kind
+    images: int = 96,  # of each kind
 ) -> list[dict]:
     "Teacher and student in a few steps, against the teacher in many."
     teacher, rows = policy_of("miniature"), list[dict]()
@@ -126,7 +126,7 @@ def trained_velocity(
 def measure_runs(
     folder: str | Path,  # of a comparison on a distilled miniature, finished; gets quality.csv
     seeds: Sequence[int] = (1, 2),  # of the noise
-    images: int = 192,  # of each kind
+    images: int = 96,  # of each kind
 ) -> list[dict]:
     "What each run of a comparison made of the student's images."
     study = read_config(Path(folder))
@@ -148,7 +148,7 @@ def measure_runs(
     write_csv(Path(folder) / "quality.csv", rows)
     return rows
 
-# %% ../../nbs/lab/fewstep.ipynb #few00012
+# %% ../../nbs/lab/fewstep.ipynb #few00019
 @dataclass(frozen=True)
 class DistillSettings:
     "How a pipeline for the scenes is distilled to a few steps."
@@ -185,7 +185,7 @@ class DistillSettings:
         require(self.lr > 0, "lr", self.lr, "> 0")
         require(self.seed >= 0, "seed", self.seed, ">= 0")
 
-# %% ../../nbs/lab/fewstep.ipynb #few00013
+# %% ../../nbs/lab/fewstep.ipynb #few00020
 @torch.no_grad()
 def teacher_pieces(
     teacher: Velocity,
@@ -211,7 +211,7 @@ def teacher_pieces(
         pieces.append(torch.stack([begin, end]))
     return torch.cat(pieces, 2)
 
-# %% ../../nbs/lab/fewstep.ipynb #few00015
+# %% ../../nbs/lab/fewstep.ipynb #few00022
 def piece_targets(
     pieces: Tensor,  # (2, T, N, *shape) begins and ends
     ts: Tensor,  # (T+1,) the student's times
@@ -242,7 +242,7 @@ def piece_loss(
     x, t, target = piece_targets(pieces, ts, piece, row, along)
     return (velocity(x, t, take(cond, row)) - target).square().mean()
 
-# %% ../../nbs/lab/fewstep.ipynb #few00018
+# %% ../../nbs/lab/fewstep.ipynb #few00025
 DISTILLED_CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -309,7 +309,7 @@ def distilled_card(
     return DISTILLED_CARD.format(steps=s["steps"], images=images, sigmas=sigmas,
                                  settings="\n".join(values), accuracies="\n".join(table))
 
-# %% ../../nbs/lab/fewstep.ipynb #few00019
+# %% ../../nbs/lab/fewstep.ipynb #few00026
 def kept_pieces(
     teacher: StableDiffusion3Pipeline,
     student: StableDiffusion3Pipeline,
