@@ -226,7 +226,7 @@ CALLS = [
     (lambda: make("ppo"), "name", "'ppo'", "neighbor, flow, dance"),
     (lambda: FlowGRPO(sampler="ode"), "sampler", "'ode'", "flow, dance, cps"),
     (lambda: FlowGRPO(sampler="cps", noise_level=1.1), "noise_level", "1.1", "at most 1"),
-    (lambda: TrainSettings(collector="average"), "collector", "'average'", "'policy' when ema is 0"),
+    (lambda: TrainSettings(collector="average"), "collector", "'average'", "'policy' or 'reference' when ema is 0"),
     (lambda: TrainSettings(shuffle=1), "shuffle", "1", "True or False"),
     (lambda: read_config("nowhere", "--out"), "--out", "nowhere", "a run folder"),
     (lambda: forward_times(2, 0), "count", "0", "an integer >= 1"),
@@ -333,7 +333,7 @@ def test_missing_checkpoint_names_the_folder(tmp_path):
 
 # A command line, and the fragments of the one line on standard error.
 COMMAND_LINES = [
-    ("fly", "command", "'fly'", "train, evaluate, sample, report, save, compare, bench, pretrain, serve"),
+    ("fly", "command", "'fly'", "train, evaluate, sample, report, save, compare, bench, pretrain, distill, serve"),
     ("train sculptures", "task", "'sculptures'", "digits, toy"),
     ("train toy --algorithm ppo", "--algorithm", "'ppo'", "neighbor, flow, dance"),
     ("train toy --groups none", "groups", "none", "int"),

@@ -52,7 +52,8 @@ class Hub:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = line["value"]["content"]
-            return JSONResponse({"commitUrl": f"{self.address}/me/mine/commit/1", "commitOid": "0" * 40, "hookOutput": ""})
+            address = f"{self.address}/me/mine/commit/1"
+            return JSONResponse({"commitUrl": address, "commitOid": "0" * 40, "hookOutput": ""})
         return JSONResponse({}, 200 if "validate" in path else 404)
 
 
