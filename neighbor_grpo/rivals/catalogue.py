@@ -14,7 +14,7 @@ from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
 from .gaussian import DanceGRPO, FlowGRPO
 from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
-from .modifiers import (ChunkedRatios, GuardedRatios, Modifier,
+from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios, Modifier,
                                             Previews, ShapedAdvantages, TimeWeights, base)
 from .trajectories import OPGRPO, TMPO, Replay
 from ..rollouts import Algorithm
@@ -33,7 +33,8 @@ ALGORITHMS: dict[str, type] = {
 # %% ../../nbs/rivals/catalogue.ipynb #7481f659
 MODIFIERS: dict[str, type] = {
     "weights": TimeWeights, "guard": GuardedRatios, "chunks": ChunkedRatios,
-    "slas": ShapedAdvantages, "previews": Previews, "replay": Replay,
+    "slas": ShapedAdvantages, "gdpo": BatchAdvantages,
+    "previews": Previews, "replay": Replay,
 }  # from the inside to the outside
 
 
