@@ -20,7 +20,7 @@ done
 [ -n "$out" ] || { echo "--out FOLDER is needed, on a disk that all machines see" >&2; exit 2; }
 if [ -n "$(ls -A "$out/checkpoints" 2>/dev/null)" ]; then words+=(--resume); fi
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # When one machine is lost, the job ends on all of them.
 srun --kill-on-bad-exit=1 python -m torch.distributed.run \
     --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-8}" --max_restarts 0 \
