@@ -42,11 +42,8 @@ def distance_spread(
     candidates: Tensor,  # (P, G, *shape), G >= 3
 ) -> Tensor:  # (P,) coefficient of variation; 0 means equidistant
     "Standard deviation over mean of the pairwise squared distances of each group."
-    shape = tuple(candidates.shape)
-    good = len(shape) >= 3 and shape[1] >= 3
-    require(good, "candidates", f"shape {shape}", "of shape (P, G, *shape), G >= 3")
+    good, found = candidates.ndim >= 3 and candidates.shape[1] >= 3, tuple(candidates.shape)
+    require(good, "candidates", f"shape {found}", "of shape (P, G, *shape), G >= 3")
     flat = candidates.flatten(2).to(torch.promote_types(candidates.dtype, torch.float32))
-    square = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
-    i, j = torch.triu_indices(flat.shape[1], flat.shape[1], 1)
-    gaps = square[:, i, j]
+    gaps = torch.stack([torch.pdist(group) for group in flat]).square()
     return gaps.std(1, correction=0) / gaps.mean(1).clamp_min(torch.finfo(gaps.dtype).tiny)

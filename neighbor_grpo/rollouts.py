@@ -154,8 +154,7 @@ def untrained_steps(steps: int, total: int, count: int, where: str) -> list[int]
 
 def everyone(rollout: Rollout) -> Tensor:  # (P, G)
     "All members of each group."
-    groups, size = rollout.x.shape[1:3]
-    return torch.arange(size).expand(groups, -1)
+    return torch.arange(rollout.x.shape[2]).expand(rollout.x.shape[1], -1)
 
 # %% ../nbs/rollouts.ipynb #1840fb60
 class Settings(Protocol):

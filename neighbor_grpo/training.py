@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'Plain', 'TrainSettings', 'choose_prompts', 'score',
-           'penalties_of', 'check_run', 'Run', 'retrace', 'Update', 'plan', 'backward', 'learn', 'iterate', 'metrics',
-           'train']
+           'check_run', 'Run', 'retrace', 'Update', 'plan', 'backward', 'learn', 'iterate', 'metrics', 'train']
 
 # %% ../nbs/training.ipynb #a02853c7
 import copy
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .flow import Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards, combine_rewards
-from .penalties import HoldPenalty, VelocityPenalty
+from .penalties import penalties_of
 from .rollouts import (Algorithm, Rollout, States, Watched, check_types,
                                     per_state)
 
@@ -210,12 +209,6 @@ def score(
     return check_rewards(rewards.flatten(1)).view_as(rewards)
 
 # %% ../nbs/training.ipynb #957a9c8d
-def penalties_of(settings: TrainSettings) -> list[VelocityPenalty]:
-    "The penalties that the settings ask for."
-    weights = {VelocityPenalty: settings.kl_weight, HoldPenalty: settings.hold_weight}
-    return [kind(weight) for kind, weight in weights.items() if weight > 0]
-
-
 def check_run(task: Task, algorithm: Algorithm, settings: TrainSettings) -> None:
     "Refuse settings that do not go together."
     s, parts = settings, algorithm.together
@@ -250,7 +243,8 @@ class Run:
         require(made, "algorithm", algorithm, "an `Algorithm`, made")
         self.task = task if isinstance(task, Task) else Plain(task)
         self.settings, self.policy = settings, task.policy
-        self.penalties = penalties_of(settings)
+        self.penalties = penalties_of(settings.kl_weight, settings.hold_weight)
+        self.needs_reference = bool(self.penalties) or settings.collector == "reference"
         self.algorithm = algorithm.fitted(self.task.shift_at)
         check_run(self.task, algorithm, settings)
         self.groups = list(range(settings.groups))  # those of this process
@@ -284,14 +278,8 @@ class Run:
     @property
     def collector(self) -> nn.Module:
         "Whose weights roll out."
-        whose = self.settings.collector
-        if whose == "reference": return self.reference or self.policy
-        return self.policy if whose == "policy" else self.velocity
-
-    @property
-    def needs_reference(self) -> bool:
-        "Whether penalties compare with the weights before training, or these collect."
-        return bool(self.penalties) or self.settings.collector == "reference"
+        others = dict(average=self.velocity, reference=self.reference or self.policy)
+        return others.get(self.settings.collector, self.policy)
 
     def gather(self, value: object) -> list:
         "A value from every process, in their order."

@@ -15,7 +15,7 @@ from neighbor_grpo.toyflows import VelocityMLP
 from neighbor_grpo.training import Run, Task, TrainSettings, iterate
 
 METHOD = "flow solvers grpo neighbors leaping anchors reweighting rollouts neighbor training".split()
-MAX_LINE, MAX_FUNCTION, MAX_METHOD = 100, 30, 1012
+MAX_LINE, MAX_FUNCTION, MAX_METHOD = 100, 30, 999
 ROOT = LIBRARY.parent
 
 

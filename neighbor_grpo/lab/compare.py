@@ -45,8 +45,8 @@ from ..runs.plugins import GIVEN, Plugin
 from ..tables import markdown_table
 from ..runs.pictures import save_picture
 from ..runs.trainer import Trainer, run_config
-from ..penalties import evaluations
-from ..training import Task, TrainSettings, penalties_of
+from ..penalties import evaluations, penalties_of
+from ..training import Task, TrainSettings
 
 # %% ../../nbs/lab/compare.ipynb #55fdd2ab
 AXES = {"iterations": "iterations", "evaluations": "forward-equivalents", "seconds": "seconds"}
@@ -101,9 +101,11 @@ def cost(
     variant: Variant,
 ) -> float:  # forward-equivalents of all samples of the iteration
     "What an iteration took: an evaluation with gradient counts three, one of the reference one."
-    trained, asked = evaluations(variant.algorithm, penalties_of(variant.settings))
+    s = variant.settings
+    penalties = penalties_of(s.kl_weight, s.hold_weight)
+    trained, asked = evaluations(variant.algorithm, penalties)
     per_sample = row["nfe_old"] + (3 + (asked / trained if trained else 0)) * row["nfe_theta"]
-    samples = variant.settings.groups * variant.algorithm.group_size
+    samples = s.groups * variant.algorithm.group_size
     return round(per_sample * samples, 6)  # a third is not exact
 
 # %% ../../nbs/lab/compare.ipynb #9e58ffe1
