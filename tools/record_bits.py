@@ -219,6 +219,11 @@ MEANT = [
     (r".*--rescale", r"refused", "no longer a setting: a factor of the loss"),
     (r"toy nft .*--clip_range", r"refused", "no longer a setting: there is nothing to clip"),
     (r"toy vgrpo .*--chunk 2", r".*", "no longer a setting: one ratio for all times, or one for each"),
+    (
+        r"sd3|scenes",
+        r"rewards differ, by up to inf: (held-out (kilobytes|saturation|sharpness|velocity_norm)(, )?){4}$",
+        "evaluations of images show signs of hacking as well",
+    ),
 ]
 
 
