@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -228,13 +229,13 @@ def test_a_model_of_the_hub_stays_at_its_revision(place, monkeypatch):
 
     monkeypatch.setattr(pipelines, "read_pipeline", read)
     settings = ImagesSettings(source="some/model", height=16, width=16, max_sequence_length=12)
-    ImagesTask(settings, place / "run", progress=False)
-    task = ImagesTask(settings, place / "run", progress=False)
-    task.open()
+    make = partial(ImagesTask, folder=place / "run", progress=False, family="sd3")
+    make(settings)
+    make(settings).open()
     assert set(opened[:1]) == {("some/model", None)} and set(opened[1:]) == {("some/model", "c0ffee")}
     other = ImagesSettings(source="some/other", height=16, width=16, max_sequence_length=12)
     with pytest.raises(ValueError, match="source must be some/model, as when the run began"):
-        ImagesTask(other, place / "run", progress=False)
+        make(other)
 
 
 def test_damage_is_refused_by_name(place, capsys):

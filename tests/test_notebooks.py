@@ -11,9 +11,17 @@ import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [ROOT / "nbs" / name for name in pages.notebooks(ROOT / "nbs")]
-# Evidence that the library does not rest on, and what test_miniature.py, test_compare.py and test_accelerate.py also
-# guard.
-SLOW = {"lab/gradients", "lab/benchmark", "lab/compare", "models/miniature", "lab/stability", "runs/processes"}
+# Evidence that the library does not rest on, and what test_mixed.py, test_miniature.py, test_compare.py and
+# test_accelerate.py also guard.
+SLOW = {
+    "lab/gradients",
+    "lab/benchmark",
+    "lab/compare",
+    "models/miniature",
+    "lab/stability",
+    "rivals/mixed",
+    "runs/processes",
+}
 LIMIT = 600  # seconds; pages are written to take one minute at most, a busy machine may take longer
 
 

@@ -209,7 +209,7 @@ def said(words, capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize("task", ["patch", "images"])
+@pytest.mark.parametrize("task", ["patch", pytest.param("images", marks=pytest.mark.slow)])
 def test_a_run_of_a_plugin_is_trained_killed_resumed_and_evaluated(task, tmp_path):
     plugin, out, more, rewards = tmp_path / "whole.py", tmp_path / "run", [], "redness"
     plugin.write_text(PLUGIN + FAMILY * (task == "images"))

@@ -317,7 +317,9 @@ def test_imports_are_declared(path):
     settings = pages.settings(ROOT)
     declared = requirement_names(settings["requirements"])
     if dotted(path) in LARGE:
-        declared |= requirement_names(" ".join(settings[f"extra_{name}"] for name in ("sd3", "rewards", "ocr")))
+        declared |= requirement_names(" ".join(settings[f"extra_{name}"] for name in ("sd3", "rewards")))
+    if dotted(path) == "rewards.ocr":
+        declared |= requirement_names(settings["extra_ocr"])
     if dotted(path) in QUANTIZED:
         declared |= requirement_names(settings["extra_quantized"])
     if dotted(path) in NOTEBOOK:

@@ -101,8 +101,8 @@ ODD = {
     "500": (http(dict(error="out of memory"), 500), "failed with status 500: out of memory", False),
     "429": (http(dict(error="busy"), 429, Retry_After="99"), "status 429: busy", False),
     "404": (http(dict(error="no such model"), 404), "refuses the request with status 404: no such model", False),
-    "redirect": (http(b"", 307, Location="http://127.0.0.1:9/"), "status 307", False),
-    "moved": (http(b"", 301, Location="http://127.0.0.1:9/"), "refuses the request with status 301", False),
+    "redirect": (http(b"", 307, Location="http://127.0.0.1/"), "status 307", False),
+    "moved": (http(b"", 301, Location="http://127.0.0.1/"), "refuses the request with status 301", False),
     "wrong content type": (http(GOOD, kind="text/html"), "type must be application/json, got 'text/html'", False),
     "gzip bomb": (http(BOMB[:5000], Content_Encoding="gzip"), "encoding must be none, got 'gzip'", False),
     "connection reset": (None, "(Reset|reset|disconnected|ReadError)", False),
@@ -217,7 +217,7 @@ def test_the_token_is_sent_to_the_judge_and_written_nowhere(tmp_path, monkeypatc
 
 def test_a_judge_is_named_by_its_address_or_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    url = "http://127.0.0.1:1/v1"
+    url = "http://127.0.0.1/v1"
     assert parse_rewards(f"0.5*vlm@{url}#a/b") == [(0.5, "vlm", f"{url}#a/b")]
     (tmp_path / "j.yaml").write_text(f"url: {url}\nmodel: a/b\nanswer: number\nhigh: 5\n")
     assert absolute_rewards("vlm@j.yaml") == f"vlm@{tmp_path / 'j.yaml'}"
