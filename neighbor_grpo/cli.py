@@ -11,8 +11,8 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_B
            'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave',
            'train', 'load_run', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts', 'evaluate',
            'draw_runs', 'sample', 'write_report', 'command_of', 'read_figures', 'save', 'bench_model', 'bench',
-           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'pretrain', 'distill', 'serve',
-           'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
+           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'read_new_pipeline', 'pretrain',
+           'distill', 'serve', 'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -1153,20 +1153,30 @@ def compare(
     if failed: raise RuntimeError(f"{count}: {messages}; {again}")
 
 # %% ../nbs/launch.ipynb #a4333a8e
+def read_new_pipeline(
+    argv: Sequence[str],  # --out DIR [--setting value ...]
+    command: Callable[[Sequence[str]], None],  # that makes it
+    settings: type,  # of how it is made
+) -> Namespace:
+    "What is said to a command that makes a pipeline in a new folder."
+    name = f"neighbor-grpo {command.__name__}"
+    parser = Parser(prog=name, description=command.__doc__,
+                    usage=f"{name} --out DIR [--setting value ...]")
+    parser.add_argument("--out", metavar="DIR",
+                        help="New folder: pipeline, log and model card.")
+    parser.add_argument("--quiet", action="store_true", help="Show no progress bars.")
+    parser.add_class_arguments(settings)
+    v = parser.parse_args(list(argv))
+    require(v.out is not None, "--out", v.out, "a new folder for the pipeline")
+    return v
+
+
 def pretrain(
     argv: Sequence[str],  # --out DIR [--setting value ...]
 ) -> None:
     "Make anew the pipeline that the scenes start from, in a folder that diffusers opens."
     miniature = importlib.import_module("neighbor_grpo.models.miniature")
-    usage = "neighbor-grpo pretrain --out DIR [--setting value ...]"
-    parser = Parser(prog="neighbor-grpo pretrain", usage=usage,
-                    description=pretrain.__doc__)
-    parser.add_argument("--out", metavar="DIR",
-                        help="New folder: pipeline, log and model card.")
-    parser.add_argument("--quiet", action="store_true", help="Show no progress bars.")
-    parser.add_class_arguments(miniature.PretrainSettings)
-    v = parser.parse_args(list(argv))
-    require(v.out is not None, "--out", v.out, "a new folder for the pipeline")
+    v = read_new_pipeline(argv, pretrain, miniature.PretrainSettings)
     miniature.pretrain(v.out, pick(miniature.PretrainSettings, v), not v.quiet)
     last = read_rows(Path(v.out) / "log.jsonl")[-1]
     print_figures({"accuracy": {name: last[name] for name in miniature.KINDS}})
@@ -1178,14 +1188,7 @@ def distill(
 ) -> None:
     "Distill the scenes' pipeline to a few steps, in a folder that diffusers opens."
     fewstep = importlib.import_module("neighbor_grpo.lab.fewstep")
-    parser = Parser(prog="neighbor-grpo distill", description=distill.__doc__,
-                    usage="neighbor-grpo distill --out DIR [--setting value ...]")
-    parser.add_argument("--out", metavar="DIR",
-                        help="New folder: pipeline, log and model card.")
-    parser.add_argument("--quiet", action="store_true", help="Show no progress bar.")
-    parser.add_class_arguments(fewstep.DistillSettings)
-    v = parser.parse_args(list(argv))
-    require(v.out is not None, "--out", v.out, "a new folder for the pipeline")
+    v = read_new_pipeline(argv, distill, fewstep.DistillSettings)
     fewstep.distill(v.out, pick(fewstep.DistillSettings, v), not v.quiet)
     rows = [row for row in read_rows(Path(v.out) / "log.jsonl") if "stage" in row]
     shown = {f"{row['stage']}, {row['steps']} steps": row for row in rows}

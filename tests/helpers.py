@@ -1,4 +1,8 @@
-"""Closed forms and small networks that several tests share."""
+"""Closed forms, small networks and a bare server that several tests share."""
+
+import contextlib
+import socket
+import threading
 
 import torch
 from torch import nn
@@ -178,3 +182,34 @@ def differences(folder, expected):
 def assert_same_outcome(folder, expected):
     found = differences(folder, expected)
     assert not found, found
+
+
+class Listener:
+    "A server of bare sockets, which may misbehave: `serve` gets each connection in a thread of its own."
+
+    def __init__(self):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+
+    def __enter__(self):
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.serve, args=(self.socket.accept()[0],), daemon=True).start()
+
+    def serve(self, connection):
+        raise NotImplementedError
+
+    def read(self, file):
+        "Head and body of a request."
+        head = b"".join(iter(file.readline, b"\r\n")).decode()
+        sizes = [line.split(":")[1] for line in head.splitlines() if line.lower().startswith("content-length")]
+        return head, file.read(int(sizes[0]))

@@ -12,6 +12,7 @@ from email.utils import formatdate
 
 import pytest
 import torch
+from helpers import Listener
 from PIL import Image
 
 from neighbor_grpo.rewards import remote as library
@@ -29,41 +30,25 @@ def plain_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-class Peer:
+class Peer(Listener):
     "Accepts connections, reads a request from each, and does what it was told."
 
     def __init__(self, *acts, context=None):
+        super().__init__()
         self.acts, self.heads, self.closing = list(acts), [], threading.Event()
-        self.socket = socket.create_server(("127.0.0.1", 0))
         self.context = context
-        self.url = f"http{'s' * bool(context)}://127.0.0.1:{self.socket.getsockname()[1]}"
-
-    def __enter__(self):
-        threading.Thread(target=self.accept, daemon=True).start()
-        return self
+        self.url = f"http{'s' * bool(context)}://127.0.0.1:{self.port}"
 
     def __exit__(self, *_):
         self.closing.set()
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                connection = self.socket.accept()[0]
-                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+        super().__exit__()
 
     def serve(self, connection):
         with contextlib.suppress(OSError), connection:
             if self.context:
                 connection = self.context.wrap_socket(connection, server_side=True)
             file = connection.makefile("rwb")
-            head = b"".join(iter(file.readline, b"\r\n")).decode()
-            length = next(
-                int(line.split(":")[1]) for line in head.splitlines() if line.lower().startswith("content-len")
-            )
-            body = file.read(length)
+            head, body = self.read(file)
             self.heads.append(head)
             act = self.acts[min(len(self.heads), len(self.acts)) - 1]
             act(self, file, json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])["__metadata__"]["request"])

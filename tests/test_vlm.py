@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import Listener
 from PIL import Image
 
 from neighbor_grpo.cli import main
@@ -29,34 +30,19 @@ def no_token(monkeypatch):
     monkeypatch.delenv(TOKEN, raising=False)
 
 
-class Server:
+class Server(Listener):
     "Reads a request from each connection, and writes what `act(number, question)` returns."
 
     def __init__(self, act):
+        super().__init__()
         self.act, self.heads, self.asked, self.lock = act, [], [], threading.Lock()
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self.accept, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.socket.close()
-
-    def accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=self.serve, args=(self.socket.accept()[0],), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def serve(self, connection):
         with contextlib.suppress(OSError), connection:
             file = connection.makefile("rwb")
-            head = b"".join(iter(file.readline, b"\r\n")).decode()
-            length = next(int(line[15:]) for line in head.splitlines() if line.lower().startswith("content-length"))
-            question = json.loads(file.read(length))
+            head, body = self.read(file)
+            question = json.loads(body)
             with self.lock:
                 self.heads.append(head)
                 self.asked.append(question)

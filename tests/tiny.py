@@ -82,21 +82,27 @@ def clip_encoder(width, kind=CLIPTextModelWithProjection):
     return kind(config)
 
 
+# Of a small autoencoder.
+BLOCKS = dict(
+    block_out_channels=(8, 8),
+    down_block_types=["DownEncoderBlock2D"] * 2,
+    up_block_types=["UpDecoderBlock2D"] * 2,
+    layers_per_block=1,
+    norm_num_groups=4,
+    latent_channels=4,
+    sample_size=16,
+    mid_block_add_attention=False,
+)
+
+
 def autoencoder(scaling_factor, shift_factor):
     "For 16x16 images."
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
         use_quant_conv=False,
         use_post_quant_conv=False,
-        mid_block_add_attention=False,
+        **BLOCKS,
     )
 
 
@@ -208,16 +214,7 @@ def tiny_flux2(distilled=False, seed=0):
         axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=False,
     )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-        mid_block_add_attention=False,
-    )
+    vae = AutoencoderKLFlux2(**BLOCKS)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
     return ready(

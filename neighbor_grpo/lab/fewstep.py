@@ -8,7 +8,6 @@ __all__ = ['MANY', 'DISTILLED_CARD', 'sharpness', 'watched', 'drawn', 'quality',
            'distilled_card', 'kept_pieces', 'make_distilled', 'distill']
 
 # %% ../../nbs/lab/fewstep.ipynb #few00004
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +18,16 @@ from torch import Tensor, nn
 
 from ..flow import Velocity, randn, require, seeded, time_grid
 from .compare import write_csv
-from ..models.miniature import (
-    KINDS, LENGTH, PROGRESS, accuracies, claim_pretraining, cycle, draw_images, open_log,
-    pretraining_captions, save_half, train_transformer, wilson, with_networks, within)
+from neighbor_grpo.models.miniature import (
+    KINDS, LENGTH, PROGRESS, accuracies, cycle, draw_images, make_claimed, open_log,
+    pretraining_captions, runs_table, save_half, train_transformer, wilson, with_networks,
+    within)
 from ..models.pipeline import (MINIATURE, PipelinePolicy, encode_prompts,
                                            open_pipeline)
 from ..models.sd3 import SD3
 from ..rollouts import check_types, take
-from ..runs.folder import (Checkpoints, hold_folder, load_tensors, read_config,
-                                       read_rows, save_tensors_atomically)
+from ..runs.folder import (Checkpoints, load_tensors, read_config, read_rows,
+                                       save_tensors_atomically)
 from ..runs.machine import quiet
 from ..runs.state import Snapshot, load_trained
 from ..solvers import solve
@@ -295,9 +295,6 @@ def distilled_card(
     "What the folder holds, how it was made and how good it is."
     runs = [row["settings"] for row in rows if "settings" in row]
     s, images = runs[-1], runs[-1]["watch_images"]
-    heads = [f" run {i} " for i in range(1, len(runs) + 1)]
-    values = [f"| setting |{'|'.join(heads)}|", "|---" * (len(runs) + 1) + "|"]
-    for name in s: values.append(f"| {name} | {' | '.join(str(run[name]) for run in runs)} |")
     shown = [*[row for row in rows if row.get("stage", "").startswith("teacher")], rows[-1]]
     heads = [f"{row['stage']}, {row['steps']} steps" for row in shown]
     table = [f"| captions | {' | '.join(heads)} |", "|---" * (len(shown) + 1) + "|"]
@@ -307,7 +304,7 @@ def distilled_card(
         table.append(f"| {title} | {' | '.join(cells)} |")
     sigmas = [round(t, 6) for t in time_grid(s["steps"]).tolist()[:-1]]
     return DISTILLED_CARD.format(steps=s["steps"], images=images, sigmas=sigmas,
-                                 settings="\n".join(values), accuracies="\n".join(table))
+                                 settings=runs_table(runs), accuracies="\n".join(table))
 
 # %% ../../nbs/lab/fewstep.ipynb #few00026
 def kept_pieces(
@@ -373,7 +370,5 @@ def distill(
 ) -> StableDiffusion3Pipeline:
     "Distill a pipeline to a few steps. One that was killed goes on where it was."
     folder = Path(folder)
-    claim_pretraining(folder, settings)
-    with hold_folder(folder / PROGRESS): make_distilled(folder, settings, progress)
-    shutil.rmtree(folder / PROGRESS)
-    return open_pipeline(SD3, folder)
+    make = partial(make_distilled, folder, settings, progress)
+    return make_claimed(folder, settings, make)

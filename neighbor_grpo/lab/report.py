@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from .compare import number
-from .looking import WITHOUT_WEIGHTS, Look
+from .looking import WITHOUT_WEIGHTS, Look, figure_rows
 from ..rewards.programs import to_pictures
 from ..rewards.signs import SIGNS, moved
 from ..runs.folder import read_config, read_rows
@@ -176,18 +176,9 @@ def figures_of(
     looks: Sequence[Look],
 ) -> str:  # HTML
     "A row for each figure: what kind it is, its value for each policy, and the difference."
-    names = dict.fromkeys(name for look in looks for name in look.figures)
-    header, rows = ["figure", "kind"], []
-    for look in looks: header += [look.title] + ["difference"] * bool(look.run)
-    for name in names:
-        known = [look.figures.get(name) for look in looks]
-        cells = [name, ", ".join(dict.fromkeys(each["kind"] for each in known if each))]
-        for look, each in zip(looks, known):
-            cells.append(number(each["mean"], each["half"]) if each else "–")
-            if look.run:
-                cells.append(number(each["difference"], each["difference_half"]) if each else "–")
-        rows.append([html.escape(cell) for cell in cells])
-    return as_rows([html.escape(cell) for cell in header], rows)
+    header, *rows = [[html.escape(cell) for cell in row]
+                     for head, body in [figure_rows(looks)] for row in [head, *body]]
+    return as_rows(header, rows)
 
 # %% ../../nbs/lab/report.ipynb #f65655f4
 STYLE = """

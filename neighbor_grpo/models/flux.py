@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import Family, shift_of_size
+from .pipeline import Family, check_size, shift_of_size
 
 # %% ../../nbs/models/flux.ipynb #a94afc38
 with quiet(): from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -55,9 +54,7 @@ class FluxFamily(Family):
     def latent_shape(self, pipeline: FluxPipeline, height: int, width: int) -> tuple[int, int, int]:
         "Before they are packed; both sides are even."
         scale = pipeline.vae_scale_factor
-        for name, value in dict(height=height, width=width).items():
-            require(value > 0 and value % (2 * scale) == 0, name, value,
-                    f"a multiple of {2 * scale}")
+        check_size(height, width, 2 * scale)
         return pipeline.transformer.config.in_channels // 4, height // scale, width // scale
 
     def shift(self, pipeline: FluxPipeline, height: int, width: int, steps: int = 50) -> float:

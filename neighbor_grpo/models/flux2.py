@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import Family, dynamic_shift, fixed_shift, in_chat
+from .pipeline import Family, check_size, dynamic_shift, fixed_shift, in_chat
 
 # %% ../../nbs/models/flux2.ipynb #b5ee94f4
 with quiet():
@@ -46,8 +45,7 @@ class Flux2Family(Family):
                      height: int, width: int) -> tuple[int, int, int]:
         "One pixel for each token."
         unit = 2 * pipeline.vae_scale_factor
-        for name, value in dict(height=height, width=width).items():
-            require(value > 0 and value % unit == 0, name, value, f"a multiple of {unit}")
+        check_size(height, width, unit)
         return pipeline.transformer.config.in_channels, height // unit, width // unit
 
     def shift(self, pipeline: Flux2KleinPipeline, height: int, width: int,

@@ -6,8 +6,8 @@
 __all__ = ['LENGTH', 'CARD', 'KINDS', 'PROGRESS', 'spell', 'clip_vocabulary', 'make_tokenizers', 'make_pipeline',
            'PretrainSettings', 'pretraining_captions', 'draw_scenes', 'train_vae', 'encode_scenes', 'scene_velocity',
            'scene_loss', 'networks_of', 'with_networks', 'train_transformer', 'solve_images', 'draw_images', 'cycle',
-           'accuracies', 'wilson', 'model_card', 'claim_pretraining', 'open_log', 'pretrain_vae', 'save_half',
-           'make_miniature', 'pretrain', 'ScenesSettings', 'ScenesTask', 'within']
+           'accuracies', 'wilson', 'runs_table', 'model_card', 'claim_pretraining', 'open_log', 'pretrain_vae',
+           'save_half', 'make_miniature', 'make_claimed', 'pretrain', 'ScenesSettings', 'ScenesTask', 'within']
 
 # %% ../../nbs/models/miniature.ipynb #c72ccd2c
 import copy
@@ -499,6 +499,17 @@ KINDS = {"single": "one shape", "count": "two to four alike",
          "relation_unseen": "the same, captions never seen"}
 
 
+def runs_table(
+    runs: list[dict],  # settings of each run
+) -> str:  # Markdown
+    "The settings of runs beside each other."
+    lines = [f"| setting |{'|'.join(f' run {i} ' for i in range(1, len(runs) + 1))}|",
+             "|---" * (len(runs) + 1) + "|"]
+    for name in runs[0]:
+        lines.append(f"| {name} | {' | '.join(str(run[name]) for run in runs)} |")
+    return "\n".join(lines)
+
+
 def model_card(
     rows: list[dict],  # of the log
 ) -> str:  # Markdown
@@ -508,15 +519,11 @@ def model_card(
         [row for row in rows if "decibel" in row],
         rows[-1],
     )
-    values = [f"| setting |{'|'.join(f' run {i} ' for i in range(1, len(runs) + 1))}|",
-              "|---" * (len(runs) + 1) + "|"]
-    for name in runs[0]:
-        values.append(f"| {name} | {' | '.join(str(run[name]) for run in runs)} |")
     table = ["| captions | accuracy | 95 % interval |", "|---|---|---|"]
     for name, title in KINDS.items():
         low, high = wilson(last[name], runs[-1]["watch_images"])
         table.append(f"| {title} | {last[name]:.2f} | {low:.2f} to {high:.2f} |")
-    return CARD.format(scenes=sum(run["scenes"] for run in runs), settings="\n".join(values),
+    return CARD.format(scenes=sum(run["scenes"] for run in runs), settings=runs_table(runs),
                        images=runs[-1]["watch_images"], verified=vae["verified"],
                        accuracies="\n".join(table), words=textwrap.fill(", ".join(words()), 87))
 
@@ -625,6 +632,18 @@ def make_miniature(
     (folder / "README.md").write_text(model_card(read_rows(folder / "log.jsonl")), encoding="utf-8")
 
 
+def make_claimed(
+    folder: Path,  # new, or of the same making, which was killed
+    settings: Settings,  # with a `source`
+    make: Callable[[], None],  # fills the folder
+) -> StableDiffusion3Pipeline:
+    "A pipeline whose folder is claimed before it is made, and held meanwhile."
+    claim_pretraining(folder, settings)
+    with hold_folder(folder / PROGRESS): make()
+    shutil.rmtree(folder / PROGRESS)
+    return open_pipeline(SD3, folder)
+
+
 def pretrain(
     folder: str | Path,  # new, or of the same pretraining, which was killed
     settings: PretrainSettings = PretrainSettings(),
@@ -632,10 +651,8 @@ def pretrain(
 ) -> StableDiffusion3Pipeline:
     "Make the miniature. A pretraining that was killed goes on where it was, with the same bits."
     folder = Path(folder)
-    claim_pretraining(folder, settings)
-    with hold_folder(folder / PROGRESS): make_miniature(folder, settings, progress)
-    shutil.rmtree(folder / PROGRESS)
-    return open_pipeline(SD3, folder)
+    make = partial(make_miniature, folder, settings, progress)
+    return make_claimed(folder, settings, make)
 
 # %% ../../nbs/models/miniature.ipynb #e11f1620
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..flow import require
 from ..runs.machine import quiet
 from .flux import pack_latents, unpack_latents
-from .pipeline import Family, shift_of_size
+from .pipeline import Family, check_size, shift_of_size
 
 # %% ../../nbs/models/qwen.ipynb #059987c0
 with quiet(): from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
@@ -56,9 +55,7 @@ class QwenFamily(Family):
                      height: int, width: int) -> tuple[int, int, int]:
         "Before they are packed; both sides are even."
         scale = pipeline.vae_scale_factor
-        for name, value in dict(height=height, width=width).items():
-            require(value > 0 and value % (2 * scale) == 0, name, value,
-                    f"a multiple of {2 * scale}")
+        check_size(height, width, 2 * scale)
         return pipeline.transformer.config.in_channels // 4, height // scale, width // scale
 
     def shift(self, pipeline: QwenImagePipeline, height: int, width: int,

@@ -10,9 +10,8 @@ import inspect
 
 from torch import Tensor
 
-from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import IMAGE_TARGETS, Family
+from .pipeline import IMAGE_TARGETS, Family, check_size
 
 # %% ../../nbs/models/sana.ipynb #34054b7d
 with quiet(): from diffusers import SanaPipeline, SanaTransformer2DModel
@@ -44,8 +43,7 @@ class SanaFamily(Family):
         "What the pipeline takes: multiples of 32."
         config, scale = pipeline.transformer.config, pipeline.vae_scale_factor
         unit = max(32, scale * config.patch_size)
-        for name, value in dict(height=height, width=width).items():
-            require(value > 0 and value % unit == 0, name, value, f"a multiple of {unit}")
+        check_size(height, width, unit)
         return config.in_channels, height // scale, width // scale
 
     def velocity(self, transformer: SanaTransformer2DModel, x: Tensor, t: Tensor,

@@ -8,9 +8,8 @@ __all__ = ['SD3', 'SD3Family']
 # %% ../../nbs/models/sd3.ipynb #b392761c
 from torch import Tensor
 
-from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import IMAGE_TARGETS, Family
+from .pipeline import IMAGE_TARGETS, Family, check_size
 
 # %% ../../nbs/models/sd3.ipynb #9d619f7d
 with quiet(): from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -34,10 +33,7 @@ class SD3Family(Family):
         "Sides that can be cut into patches, and no more patches than the table of positions has."
         config, scale = pipeline.transformer.config, pipeline.vae_scale_factor
         unit = scale * config.patch_size
-        most = unit * config.pos_embed_max_size
-        for name, value in dict(height=height, width=width).items():
-            good = value % unit == 0 and 0 < value <= most
-            require(good, name, value, f"a multiple of {unit}, at most {most}")
+        check_size(height, width, unit, unit * config.pos_embed_max_size)
         return config.in_channels, height // scale, width // scale
 
     def velocity(self, transformer: SD3Transformer2DModel, x: Tensor, t: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import IMAGE_TARGETS, Family
+from .pipeline import IMAGE_TARGETS, Family, check_size
 
 # %% ../../nbs/models/wan.ipynb #b3b64299
 with quiet(): from diffusers import WanPipeline, WanTransformer3DModel
@@ -40,8 +40,7 @@ class WanFamily(Family):
                 "one with a single transformer")
         config, scale = pipeline.transformer.config, pipeline.vae_scale_factor_spatial
         unit, together = max(16, scale * config.patch_size[1]), pipeline.vae_scale_factor_temporal
-        for name, value in dict(height=height, width=width).items():
-            require(value > 0 and value % unit == 0, name, value, f"a multiple of {unit}")
+        check_size(height, width, unit)
         require(frames > 0 and frames % together == 1, "frames", frames,
                 f"1 more than a multiple of {together}")
         return config.in_channels, 1 + frames // together, height // scale, width // scale

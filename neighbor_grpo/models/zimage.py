@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..flow import require
 from ..runs.machine import quiet
-from .pipeline import IMAGE_TARGETS, Family, in_chat, shift_of_size
+from .pipeline import (
+    IMAGE_TARGETS, Family, check_size, in_chat, shift_of_size)
 
 # %% ../../nbs/models/zimage.ipynb #fb96f451
 with quiet(): from diffusers import ZImagePipeline, ZImageTransformer2DModel
@@ -43,9 +43,7 @@ class ZImageFamily(Family):
                      height: int, width: int) -> tuple[int, int, int]:
         "The transformer cuts patches of two by two."
         scale = pipeline.vae_scale_factor
-        for name, value in dict(height=height, width=width).items():
-            require(value > 0 and value % (2 * scale) == 0, name, value,
-                    f"a multiple of {2 * scale}")
+        check_size(height, width, 2 * scale)
         return pipeline.transformer.config.in_channels, height // scale, width // scale
 
     def shift(self, pipeline: ZImagePipeline, height: int, width: int, steps: int = 50) -> float:
