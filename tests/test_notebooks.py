@@ -11,16 +11,20 @@ import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [ROOT / "nbs" / name for name in pages.notebooks(ROOT / "nbs")]
-# Evidence that the library does not rest on, and what test_mixed.py, test_miniature.py, test_compare.py and
-# test_accelerate.py also guard.
+# Pages that take ten seconds or more, teach nothing that the core rests on, and whose modules have tests of their own.
 SLOW = {
-    "lab/gradients",
     "lab/benchmark",
     "lab/compare",
-    "models/miniature",
+    "lab/cost",
+    "lab/gradients",
     "lab/stability",
+    "models/miniature",
+    "rivals/forward",
     "rivals/mixed",
+    "rivals/trajectories",
     "runs/processes",
+    "tasks/images",
+    "tasks/scenes",
 }
 LIMIT = 600  # seconds; pages are written to take one minute at most, a busy machine may take longer
 
