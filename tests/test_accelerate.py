@@ -202,14 +202,12 @@ def test_one_process_takes_up_what_two_left_split(kind, runs, tmp_path):
 # --- killed ---
 
 
-@pytest.mark.slow
 def test_when_one_process_is_killed_the_others_end_too(killed):
     _, ends, left = killed
     assert all(end.returncode != 0 and "SIGKILL" in end.stderr for end in ends)
     assert left["lora"] in (2, 3) and left["lora-split"] == 4  # whole weights: the other one may save before it ends
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "lora-split"])
 def test_killed_and_resumed_is_bit_identical(name, killed, runs):
     assert_same_outcome(killed[0] / name, runs / name)
