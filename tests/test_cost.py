@@ -29,7 +29,8 @@ TINY_FLUX |= dict(joint_attention_dim=32, pooled_projection_dim=8, axes_dims_rop
 @pytest.fixture(autouse=True)
 def tiny_flux(monkeypatch):
     "FLUX at a size that can be counted here."
-    model = cost.Model(MODELS["flux-dev"].family, MODELS["flux-dev"].network, TINY_FLUX, 12)
+    told = dict(embeds=(12, 32), pooled=(8,))
+    model = cost.Model(MODELS["flux-dev"].family, MODELS["flux-dev"].network, TINY_FLUX, told)
     monkeypatch.setitem(MODELS, "tiny-flux", model)
 
 
@@ -46,12 +47,12 @@ def products(name, pixels, guidance_scale=1.0):
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.register_forward_hook(count)
-    x = torch.randn(1, model.channels, pixels // 8, pixels // 8)
+    x = torch.randn(1, *model.shape(pixels, pixels))
     with torch.no_grad():
-        policy(x, torch.rand(1), random_conditions(network, 1, model.tokens))
+        policy(x, torch.rand(1), random_conditions(model, 1))
     c, image = network.config, (pixels // 16) ** 2
     layers = c.num_layers + c.get("num_single_layers", 0)
-    squares = layers * (image + model.tokens) ** 2 + len(c.get("dual_attention_layers", ())) * image**2
+    squares = layers * (image + model.told["embeds"][0]) ** 2 + len(c.get("dual_attention_layers", ())) * image**2
     rows = 2 if guidance_scale != 1 and name == "tiny" else 1
     return (total + rows * 4 * c.num_attention_heads * c.attention_head_dim * squares) / 1e12
 
@@ -82,7 +83,7 @@ def saved_bytes(policy, x, t, cond):
 def test_bytes_are_those_that_autograd_keeps(name, settings):
     settings, model = PipelineSettings(**settings), MODELS[name]
     policy = random_policy(model, settings, "cpu")
-    cond = random_conditions(policy.transformer, 1, model.tokens)
+    cond = random_conditions(model, 1)
     real = saved_bytes(policy, torch.randn(1, model.channels, 8, 8), torch.rand(1), cond)
     counted = count_cost(name, 64, 64, settings)
     assert counted["kept"] == pytest.approx(real, rel=1e-6)

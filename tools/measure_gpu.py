@@ -1,4 +1,4 @@
-r"""Measure a GPU with random weights, in nine minutes: one table, with JSON beside it.
+r"""Measure a GPU with random weights, in ten minutes: one table, with JSON beside it.
 
     python tools/measure_gpu.py --out nbs/results/gpu
 
@@ -7,6 +7,8 @@ The parts, the most valuable first; `--list` prints them with their limits:
 - a tiny SD3 learns and resumes bit for bit on this device;
 - SD3.5 Medium at 512 and 1024 px, rank 32, bfloat16, guidance 4.5: five algorithms at their papers' settings, plain,
   with gradient checkpointing, and compiled;
+- Neighbor GRPO with fewer evaluations (six steps, two anchors, two trained steps): SD3.5 Medium, and FLUX.2 klein,
+  SANA, Z-Image, Wan and Qwen-Image at their full size;
 - the recipe for 24 GB, its judges' memory included, while PyTorch gets no more than a card of 24 GB has;
 - the recipe for FLUX.1-dev at 720 px;
 - the largest micro-batch, with and without checkpointing.
@@ -167,6 +169,18 @@ def measured(device, seconds, report, known, model, pixels, micro_batch, small=F
     return dict(rows=rows) | (dict(status="partly done", note=f"no time left for {left}") if left else {})
 
 
+def neighbor(device, seconds, report, known, model, height, width, guidance, micro_batch, decode_batch=0, **settings):
+    "Seconds and memory of an iteration of Neighbor GRPO with fewer evaluations, on one model."
+    from neighbor_grpo.lab.cost import measure_model
+    from neighbor_grpo.models.pipeline import PipelineSettings
+    from neighbor_grpo.neighbor import NeighborGRPO
+
+    settings = PipelineSettings(guidance_scale=guidance, train_guidance_scale=guidance, batch=24, **settings)
+    rest = dict(micro_batch=micro_batch, decode_batch=decode_batch, device=device, progress=False, seconds=seconds)
+    rows = measure_model(model, [NeighborGRPO(**FEWER)], height, width, settings, 2, **rest)
+    return dict(rows=rows) | ({} if rows else dict(status="out of time"))
+
+
 def random_judge(device, tiny):
     "`(N, 3, H, W) -> (N,)`: two CLIP ViT-H/14 with random float32 weights, in place of HPSv2.1 and PickScore."
     import torch
@@ -269,13 +283,23 @@ class Part:
     settings: dict
 
 
+FEWER = dict(steps=6, anchors=2, trained_steps=2)  # in place of 8, 4 and 4: 7 forward-equivalents a sample, not 12
+
+
 def parts(tiny=False):
     "All parts, the most valuable first, those that compile last."
     medium = dict(model="sd3.5-medium", lora_rank=32, precision="bfloat16")
     again, compiled = dict(gradient_checkpointing=True), dict(compile=True)
+    square = medium | dict(height=512, width=512, guidance=4.5, micro_batch=8, decode_batch=4)
     found = [
         Part("check", "a tiny SD3", check, 50, 10, dict(iterations=60, pixels=128)),
         Part("512", "SD3.5 Medium, 8 states at once", measured, 110, 15, medium | dict(pixels=512, micro_batch=8)),
+        Part("512-fewer", "the same as 512, fewer evaluations", neighbor, 25, 8, square),
+        family("flux2-klein-4b", 30),
+        family("sana-1.6b", 30, height=1024, width=1024, guidance=4.5),
+        family("z-image", 45, guidance=4.5),
+        family("wan-1.3b", 50, height=480, width=832, guidance=5.0),
+        family("qwen-image", 80, guidance=4.0),
         Part(
             "24gb",
             "recipe sd3.5-medium-24gb",
@@ -338,6 +362,13 @@ def parts(tiny=False):
     return [shrunk(part) for part in found] if tiny else found
 
 
+def family(model, limit, height=512, width=512, guidance=1.0):
+    "An iteration on a model of another family, with checkpointing."
+    shape = dict(height=height, width=width, guidance=guidance, micro_batch=4)
+    settings = shape | dict(model=model, lora_rank=32, precision="bfloat16", gradient_checkpointing=True)
+    return Part(model, f"{width} x {height} px, 4 states at once, fewer evaluations", neighbor, limit, 12, settings)
+
+
 def shrunk(part):
     "The same part at a size that a processor core can do in a moment."
     tiny = dict(model="tiny", lora_rank=4, pixels=part.settings.get("pixels", 0) // 16, precision="float32")
@@ -345,6 +376,7 @@ def shrunk(part):
         check: dict(iterations=4, pixels=64),
         measured: tiny | dict(small=True, iterations=1),
         micro_batches: tiny | dict(most=5),
+        neighbor: dict(model="tiny", lora_rank=4, height=32, width=32, precision="float32"),
         recipe: dict(model="tiny-flux" if part.name == "flux" else "tiny", tiny=True),
     }
     return replace(part, settings=part.settings | small[part.run], limit=600, least=0)
