@@ -18,8 +18,7 @@ from .flow import require
 def check_rewards(rewards: Tensor) -> Tensor:  # (P, G), float32 or better
     "Refuse rewards that are not a finite `(P, G)` tensor with two or more candidates."
     rewards = torch.as_tensor(rewards)
-    shape = tuple(rewards.shape)
-    good = len(shape) == 2 and shape[1] >= 2
+    good, shape = rewards.ndim == 2 and rewards.shape[1] >= 2, tuple(rewards.shape)
     require(good, "rewards", f"shape {shape}", "of shape (P, G), G >= 2")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     bad = rewards[~rewards.isfinite()]
@@ -56,10 +55,11 @@ def clipped_surrogate(
     log_prob: Tensor,  # of the current policy
     old_log_prob: Tensor,  # of the policy that collected, no gradient
     advantages: Tensor,  # broadcastable to log_prob
-    clip_range: float,  # c in (0, 1)
+    clip_range: float | Tensor,  # c in (0, 1); or one for each, from 0 to infinity
 ) -> Tensor:  # the shape of log_prob, to be maximized
     "PPO's pessimistic bound `min(A rho, A clip(rho, 1 - c, 1 + c))`, elementwise."
-    require(0 < clip_range < 1, "clip_range", clip_range, "in (0, 1)")
+    good = isinstance(clip_range, Tensor) or 0 < clip_range < 1
+    require(good, "clip_range", clip_range, "in (0, 1)")
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.min(advantages * ratio, advantages * clipped)
@@ -83,7 +83,7 @@ def surrogate(
     log_prob: Tensor,  # (N, ...) of the current policy
     old_log_prob: Tensor,  # (N, ...) of the policy that collected, no gradient
     advantages: Tensor,  # (N, ...)
-    clip_range: float,  # c in (0, 1)
+    clip_range: float | Tensor,  # c in (0, 1); or one for each
     weight: Tensor | float = 1.0,  # of each state's step, broadcastable
     entropy: Tensor | None = None,  # (N,) of the policy at each state, for the metrics
 ) -> Tensor:  # a scalar
@@ -97,7 +97,7 @@ class SurrogateStats:
         self.seen = [*seen]  # a row for each micro-batch, on its device
 
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor,
-                  clip_range: float, weight: Tensor | float = 1.0,
+                  clip_range: float | Tensor, weight: Tensor | float = 1.0,
                   entropy: Tensor | None = None) -> Tensor:
         "`surrogate`; remembers least and largest ratio, share outside the clip, entropy."
         with torch.no_grad():

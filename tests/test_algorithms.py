@@ -40,6 +40,7 @@ SMALL = {
     "mix-flash": make("mix-flash", group_size=6, steps=5, trained_steps=2),
     "mix-flash-star": make("mix-flash-star", group_size=6, steps=5, trained_steps=2),
     "tempflow": make("tempflow", group_size=6, steps=4),
+    "dppo": make("dppo", group_size=6, steps=4, trained_steps=3),
     "op": make("op", group_size=6, steps=5, trained_steps=3),
     "nft": make("nft", group_size=6, steps=4, trained_steps=3),
     "vgrpo": make("vgrpo", group_size=6, steps=4, trained_steps=3),

@@ -406,7 +406,7 @@ def test_every_setting_of_a_modifier_has_a_docstring_and_an_owner(kind):
 @every_name
 def test_only_what_draws_every_step_at_the_same_times_is_replayed(name):
     algorithm = base(make(name))
-    if name in ("flow", "dance", "op", "tmpo"):
+    if name in ("flow", "dance", "dppo", "op", "tmpo"):
         assert Replay(algorithm).replay == 3
         return
     with pytest.raises(ValueError, match="Replay") as error:

@@ -51,6 +51,7 @@ NUMBERS = {
     "shift": "1 3",
     "trained_steps": "2",
     "clip_range": "0.05",
+    "kl_threshold": "0.001",
     "advantage_power": "0",
     "chunk": "0 1",
     "scouts": "8",

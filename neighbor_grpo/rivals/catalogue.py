@@ -12,10 +12,11 @@ from .._moved import places
 from ..flow import require
 from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
-from .gaussian import DanceGRPO, FlowGRPO
+from .gaussian import DanceGRPO, FlowDPPO, FlowGRPO
 from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
-from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios, Modifier,
-                                            Previews, ShapedAdvantages, TimeWeights, base)
+from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios,
+                                            MaskedRatios, Modifier, Previews,
+                                            ShapedAdvantages, TimeWeights, base)
 from .trajectories import OPGRPO, TMPO, Replay
 from ..rollouts import Algorithm
 
@@ -25,6 +26,7 @@ ALGORITHMS: dict[str, type] = {
     "flow": FlowGRPO, "dance": DanceGRPO,
     "mix": MixGRPO, "mix-flash": MixGRPOFlash, "mix-flash-star": MixGRPOFlashStar,
     "tempflow": TempFlowGRPO,
+    "dppo": FlowDPPO,
     "op": OPGRPO,
     "nft": DiffusionNFT, "vgrpo": VGRPO,
     "tmpo": TMPO,
@@ -32,7 +34,7 @@ ALGORITHMS: dict[str, type] = {
 
 # %% ../../nbs/rivals/catalogue.ipynb #7481f659
 MODIFIERS: dict[str, type] = {
-    "weights": TimeWeights, "guard": GuardedRatios, "chunks": ChunkedRatios,
+    "weights": TimeWeights, "mask": MaskedRatios, "guard": GuardedRatios, "chunks": ChunkedRatios,
     "slas": ShapedAdvantages, "gdpo": BatchAdvantages,
     "previews": Previews, "replay": Replay,
 }  # from the inside to the outside
@@ -56,7 +58,8 @@ def modifiers_of(
     return modifiers_of(algorithm.algorithm) | {name: settings}
 
 # %% ../../nbs/rivals/catalogue.ipynb #3d35d6cb
-BROUGHT_ALONG: dict[str, dict[str, dict]] = {"op": {"chunks": {"chunk": 0}, "replay": {}}}
+BROUGHT_ALONG: dict[str, dict[str, dict]] = {"op": {"chunks": {"chunk": 0}, "replay": {}},
+                                             "dppo": {"mask": {}}}
 
 
 def modified(

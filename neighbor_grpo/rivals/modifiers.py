@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['base', 'kinds', 'inside', 'Modifier', 'shape_advantages', 'ShapedAdvantages', 'BatchAdvantages', 'guarded',
-           'GuardedRatios', 'chunk_means', 'ChunkedRatios', 'equal_pull', 'TimeWeights', 'extremes', 'Previews']
+           'GuardedRatios', 'MaskedRatios', 'chunk_means', 'ChunkedRatios', 'equal_pull', 'TimeWeights', 'extremes',
+           'Previews']
 
 # %% ../../nbs/rivals/modifiers.ipynb #3ab4aaef
 from collections.abc import Sequence
@@ -170,6 +171,34 @@ class GuardedRatios(Modifier):
 
         return self.algorithm.loss(watched, rollout, states, advantages, on_policy, guard)
 
+# %% ../../nbs/rivals/modifiers.ipynb #1ffefd4a
+@dataclass(frozen=True)
+class MaskedRatios(Modifier):
+    """Flow-DPPO: no clip where a step's KL(new || old) is below `kl_threshold`; beyond, no
+    gradient that leads further away. `clip_range` is not used."""
+    kl_threshold: float = 1e-5
+    """delta > 0, for divergences averaged over the dimensions; 1e-5 in the authors' code,
+    with two updates on a rollout. With one, nothing is blocked."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.kl_threshold > 0, "kl_threshold", self.kl_threshold, "> 0")
+        plain = GuardedRatios not in kinds(self.algorithm)
+        require(plain, type(self).__name__, "around GuardedRatios", "inside of it")
+
+    def loss(self, velocity, rollout, states, advantages, on_policy=False,
+             surrogate=surrogate):
+        watched = Watched(velocity)
+
+        def masked(log_prob, old, gains, clip_range, weight=1.0, entropy=None):
+            v, log_new = watched.v.detach(), log_prob.detach()
+            v_old = v if on_policy else states.select(rollout.v)
+            kl = self.algorithm.drift(rollout, states, v, v_old, log_new, old)
+            clip = torch.where(kl < self.kl_threshold, torch.inf, 0.0).to(log_prob)
+            return surrogate(log_prob, old, gains, per_state(clip, log_prob), weight, entropy)
+
+        return self.algorithm.loss(watched, rollout, states, advantages, on_policy, masked)
+
 # %% ../../nbs/rivals/modifiers.ipynb #90539794
 def chunk_means(
     values: Tensor,  # (M, ...), the K trained steps of each candidate in a row
@@ -219,6 +248,7 @@ class ChunkedRatios(Modifier):
             log_ratio = chunks(weight * (log_prob - old)) / chunks(weight)
             same = torch.zeros_like(log_ratio)
             gains = chunks(weight * gains) * size
+            if isinstance(clip_range, Tensor): clip_range = chunks(clip_range)
             return surrogate(log_ratio, same, gains, clip_range, entropy=entropy)
 
         return inner(chunked)
