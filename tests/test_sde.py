@@ -69,6 +69,15 @@ def test_cps_keeps_the_coefficients(t, t_next, a):
     )
 
 
+@given(early, st.one_of(st.just(0.0), late), st.floats(0, 1))
+def test_the_sampler_of_precise_is_cps(t, t_next, rho):
+    "`x' = (1 - t') x0_hat + t' (rho eps_hat + sqrt(1 - rho^2) w)`: every rho in [0, 1] is a noise level of CPS."
+    (x, v), w = states(), randn((4, 2, 3), seeded(5), dtype=torch.float64)
+    expected = (1 - t_next) * (x - t * v) + t_next * (rho * (x + (1 - t) * v) + math.sqrt(1 - rho**2) * w)
+    mean, std = cps(x, v, t, t_next, math.acos(rho) * 2 / math.pi)
+    assert (mean + std * w - expected).abs().max() < 1e-12
+
+
 @given(early, st.one_of(st.just(0.0), late))
 def test_a_step_without_noise_is_an_euler_step(t, t_next):
     x, v = states()

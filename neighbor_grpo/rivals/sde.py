@@ -73,7 +73,8 @@ def cps(
     t_next: float | Tensor,  # in [0, t), a number or (N,)
     noise_level: float = 0.7,  # alpha in [0, 1]; 0 is the Euler step, 1 renews all noise
 ) -> tuple[Tensor, Tensor]:  # mean (N, *shape); standard deviation, broadcastable to it
-    "One coefficients-preserving step (arXiv 2509.05952): all noise adds up to `t_next`."
+    """One coefficients-preserving step (arXiv 2509.05952): all noise adds up to `t_next`. The
+    sampler of Precise is this step, with `rho = cos(noise_level pi / 2)` of the noise kept."""
     require(0 <= noise_level <= 1, "noise_level", noise_level, "in [0, 1]")
     x0, noise, t_next = denoised(x, v, t), implied_noise(x, v, t), expand_time(t_next, x)
     angle = noise_level * math.pi / 2
