@@ -123,6 +123,9 @@ class TrainSettings:
     trained state."""
     hold_weight: float = 0.0
     "Weight of a penalty that holds the other steps; one more state per trained candidate."
+    norm_weight: float = 0.0
+    """Weight of a penalty on velocities longer than the reference's (NormGuard); an evaluation
+    per trained state."""
     micro_batch: int = 0
     """Trained states that go through the network at once; 0: all. Changes memory, not the
     result."""
@@ -159,7 +162,7 @@ class TrainSettings:
         for name in ("lr", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("lr_decay", "weight_decay", "kl_weight", "hold_weight", "seed",
-                     "micro_batch", "buffer", "stop_when_worse"):
+                     "norm_weight", "micro_batch", "buffer", "stop_when_worse"):
             require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         enough = self.lr_decay == 0 or self.iterations <= self.lr_decay
@@ -243,7 +246,7 @@ class Run:
         require(made, "algorithm", algorithm, "an `Algorithm`, made")
         self.task = task if isinstance(task, Task) else Plain(task)
         self.settings, self.policy = settings, task.policy
-        self.penalties = penalties_of(settings.kl_weight, settings.hold_weight)
+        self.penalties = penalties_of(settings)
         self.needs_reference = bool(self.penalties) or settings.collector == "reference"
         self.algorithm = algorithm.fitted(self.task.shift_at)
         check_run(self.task, algorithm, settings)
@@ -413,8 +416,8 @@ def learn(run: Run, update: Update, advantages: Tensor,  # (P, G)
 def iterate(run: Run) -> dict:  # a row of metrics
     "One iteration: collect, credit, update."
     task, algorithm, s, begin = run.task, run.algorithm, run.settings, time.perf_counter()
-    dropout = seeded(s.seed, GLOBAL_KEY, run.iteration, run.rank)
-    torch.manual_seed(dropout.initial_seed())
+    # for dropout
+    torch.manual_seed(seeded(s.seed, GLOBAL_KEY, run.iteration, run.rank).initial_seed())
     turn = run.iteration % (s.buffer or run.iteration + 1)
     generators = [seeded(s.seed, GROUP_KEY, turn, group) for group in run.groups]
     prompts = choose_prompts(task.prompts, s.groups, s.seed, turn)[run.groups]

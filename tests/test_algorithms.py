@@ -703,7 +703,7 @@ def test_every_other_step_is_held_at_times_and_its_cost_is_reported(algorithm):
     assert len(policy.batches) == 2
 
     rollout, _ = collect(algorithm, PointwiseVelocity())
-    (penalty,), held = penalties_of(run.settings.kl_weight, run.settings.hold_weight), set()
+    (penalty,), held = penalties_of(run.settings), set()
     for seed in range(30):
         states = algorithm.choose(rollout, streams(3, seed))
         held |= set(penalty.choose(algorithm, rollout, states, streams(3, seed)).step.tolist())

@@ -102,8 +102,7 @@ def cost(
 ) -> float:  # forward-equivalents of all samples of the iteration
     "What an iteration took: an evaluation with gradient counts three, one of the reference one."
     s = variant.settings
-    penalties = penalties_of(s.kl_weight, s.hold_weight)
-    trained, asked = evaluations(variant.algorithm, penalties)
+    trained, asked = evaluations(variant.algorithm, penalties_of(s))
     per_sample = row["nfe_old"] + (3 + (asked / trained if trained else 0)) * row["nfe_theta"]
     samples = s.groups * variant.algorithm.group_size
     return round(per_sample * samples, 6)  # a third is not exact
