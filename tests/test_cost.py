@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from neighbor_grpo.cli import main
@@ -158,3 +159,30 @@ def test_the_command_prints_a_table(capsys):
     cells = [[cell.strip() for cell in row.split("|")[1:4]] for row in table[2:]]
     names = ("NeighborGRPO", "DanceGRPO", "MixGRPO")
     assert cells == [[size, "24", name] for size in ("32", "48") for name in names]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-flux"])
+def test_adapters_in_half_precision_are_not_cast_twice(name):
+    "autocast alone gives the same bits as PEFT's cast to float32 and autocast's back."
+    task = RandomTask(name, 64, 64, PipelineSettings(lora_rank=4, precision="bfloat16"))
+    trained = [weight for weight in task.policy.parameters() if weight.requires_grad]
+    layers = [part for part in task.policy.modules() if isinstance(part, LoraLayer)]
+    assert layers and not any(layer.cast_input_dtype_enabled for layer in layers)
+    for weight in trained:
+        nn.init.normal_(weight, std=0.1)
+    states, found = task.states(2), []
+    for cast in (False, True):
+        for layer in layers:
+            layer.cast_input_dtype_enabled = cast
+        task.policy.zero_grad()
+        v = task.policy(*states)
+        v.square().mean().backward()
+        found.append([v.detach(), *(weight.grad.clone() for weight in trained)])
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+def test_attention_is_not_cudnns(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+    random_policy(MODELS["tiny"], PipelineSettings(), "cpu")
+    assert asked == [False]

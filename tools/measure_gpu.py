@@ -230,7 +230,7 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
         values["width"],
         pick(PipelineSettings),
         2,
-        1 if gigabytes == 0 else values["groups"],
+        1,
         values["micro_batch"],
         device,
         False,
@@ -240,7 +240,7 @@ def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False)
         values.get("ema", 0.0),
         lambda rows: report(rows=rows),
     )
-    return dict(rows=rows, note=note if gigabytes else "one group") | ({} if rows else dict(status="out of time"))
+    return dict(rows=rows, note=f"one group, {note}") | ({} if rows else dict(status="out of time"))
 
 
 def micro_batches(device, seconds, report, known, model, pixels, most=256, **settings):

@@ -34,6 +34,7 @@ from diffusers import (
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..flow import Shift, require
@@ -552,6 +553,9 @@ def add_lora(
         transformer.add_adapter(config, adapter_name=ADAPTER)
     for name, weight in transformer.named_parameters():
         if f".{ADAPTER}." in name: weight.data = weight.data.float()
+    layers = [part for part in transformer.modules() if isinstance(part, LoraLayer)]
+    for layer in layers if settings.precision == "bfloat16" else ():
+        layer.cast_input_dtype_enabled = False  # autocast would only cast it back
 
 # %% ../../nbs/models/pipeline.ipynb #q0a1b2c4
 def quantize(
@@ -622,6 +626,9 @@ class PipelinePolicy(nn.Module):
             add_lora(family, transformer, settings, seed)
         if settings.gradient_checkpointing: transformer.enable_gradient_checkpointing()
         if settings.compile: compile_blocks(self.blocks)
+        # cuDNN's attention reads beyond its memory or has wrong gradients at some lengths
+        # (pytorch issues 169849, 196678), where it is PyTorch's first choice: on Hopper
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     @property
     def blocks(self) -> list[nn.Module]:
