@@ -6,9 +6,9 @@ The parts, the most valuable first; `--list` prints them with their limits:
 
 - a tiny SD3 learns and resumes bit for bit on this device;
 - SD3.5 Medium at 512 and 1024 px, rank 32, bfloat16, guidance 4.5: five algorithms at their papers' settings, plain,
-  with gradient checkpointing, and compiled;
-- Neighbor GRPO with fewer evaluations (six steps, two anchors, two trained steps): SD3.5 Medium, and FLUX.2 klein,
-  SANA, Z-Image, Wan and Qwen-Image at their full size;
+  and with gradient checkpointing;
+- Neighbor GRPO with fewer evaluations (six steps, two anchors, two trained steps): SD3.5 Medium, also
+  compiled, and FLUX.2 klein, SANA, Z-Image, Wan and Qwen-Image at their full size;
 - the recipe for 24 GB, its judges' memory included, while PyTorch gets no more than a card of 24 GB has;
 - the recipe for FLUX.1-dev at 720 px;
 - the largest micro-batch, with and without checkpointing.
@@ -326,14 +326,7 @@ def parts(tiny=False):
             15,
             medium | again | dict(pixels=512, micro_batch=8),
         ),
-        Part(
-            "512-compiled",
-            "the same as 512, 8 states at once",
-            measured,
-            150,
-            60,
-            medium | compiled | dict(pixels=512, micro_batch=8),
-        ),
+        Part("512-compiled", "the same as 512-fewer", neighbor, 100, 50, square | compiled),
         Part(
             "1024-checkpointing",
             "the same as 1024, 4 states at once",
@@ -349,14 +342,6 @@ def parts(tiny=False):
             40,
             15,
             medium | dict(pixels=1024),
-        ),
-        Part(
-            "1024-compiled",
-            "the same as 1024, 2 states at once",
-            measured,
-            200,
-            90,
-            medium | compiled | dict(pixels=1024, micro_batch=2),
         ),
     ]
     return [shrunk(part) for part in found] if tiny else found
