@@ -44,6 +44,7 @@ SMALL = {
     "op": make("op", group_size=6, steps=5, trained_steps=3),
     "nft": make("nft", group_size=6, steps=4, trained_steps=3),
     "vgrpo": make("vgrpo", group_size=6, steps=4, trained_steps=3),
+    "awm": make("awm", group_size=6, steps=4, trained_steps=3, clip_range=0.02),
     "tmpo": make("tmpo", group_size=6, steps=4, trained_steps=3),
 }
 assert SMALL.keys() == ALGORITHMS.keys()

@@ -13,6 +13,7 @@ from ..flow import require
 from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
 from .gaussian import DanceGRPO, FlowDPPO, FlowGRPO
+from .matching import AWM
 from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
 from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios,
                                             MaskedRatios, Modifier, Previews,
@@ -29,6 +30,7 @@ ALGORITHMS: dict[str, type] = {
     "dppo": FlowDPPO,
     "op": OPGRPO,
     "nft": DiffusionNFT, "vgrpo": VGRPO,
+    "awm": AWM,
     "tmpo": TMPO,
 }
 

@@ -27,15 +27,18 @@ def forward_times(
     count: int,  # K >= 1, times of each group
     shift: float = 1.0,  # time shift, as of `time_grid`
     generator: Generators = None,  # one, or one for each group
-) -> Tensor:  # (K, P) float32 in (0, 1], descending along K
-    """Stratified times: cut (0, 1] into K equal strata, draw one uniform time in each, then
-    shift."""
+    least: float = 0.0,  # in [0, 1), the end of the interval, before the shift
+    power: float = 0.0,  # a >= 0 of a density that grows with `((t - least) / (1 - least))^a`
+) -> Tensor:  # (K, P) float32 in (least, 1] before the shift, descending along K
+    """Stratified times: cut (0, 1] into K equal strata, draw one uniform time in each, map
+    them to density and interval, then shift."""
     require(isinstance(count, int) and count >= 1, "count", count, "an integer >= 1")
     each = generator if isinstance(generator, (list, tuple)) else [generator] * groups
     require(len(each) == groups, "generator", f"{len(each)} generators",
             f"one, or a list of {groups}")
     inside = torch.stack([torch.rand(count, generator=g) for g in each], 1)
     t = (torch.arange(count, 0, -1)[:, None] - inside) / count
+    t = least + (1 - least) * t ** (1 / (1 + power))
     return shift * t / (1 + (shift - 1) * t)
 
 # %% ../../nbs/rivals/forward.ipynb #c95afa27
@@ -57,6 +60,10 @@ class ForwardProcess(Algorithm):
     solver's steps."""
     method: Literal["euler", "heun", "dpm++2m", "ab2"] = "dpm++2m"
     "Solver of the rollout."
+    least_time: float = 0.0
+    "Trained times lie above this, before the shift; in [0, 1)."
+    time_power: float = 0.0
+    "a >= 0: density of the trained times, `t^a` before the shift; 0: all alike."
     group_noise: bool = True
     """At each time, one noise for the whole group; otherwise one for each sample. The times
     are always the group's."""
@@ -64,6 +71,8 @@ class ForwardProcess(Algorithm):
     def __post_init__(self):
         # as many times as one likes, up to those that SD3 and FLUX are trained on
         check_settings(self, 1, 1000)
+        require(0 <= self.least_time < 1, "least_time", self.least_time, "in [0, 1)")
+        require(self.time_power >= 0, "time_power", self.time_power, ">= 0")
 
     def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
         "`(P, *shape) -> (P, count, *shape)`: independent noises."
@@ -79,8 +88,8 @@ class ForwardProcess(Algorithm):
         cond_each = for_each(cond, groups, size)
         path = solve(velocity, start.flatten(0, 1), grid, cond_each, self.method)
         x0, each = path.x[-1], 1 if self.group_noise else size
-        # the shift is never None here
-        ts = forward_times(groups, count, self.shift or 1.0, generator).to(x0)
+        ts = forward_times(groups, count, self.shift or 1.0, generator, self.least_time,
+                           self.time_power).to(x0)  # the shift is never None here
         shape = x0.shape[1:]
         noise = randn((groups * count * each, *shape), generator, x0.device, x0.dtype)
         noise = noise.unflatten(0, (groups, count, each)).expand(-1, -1, size, *shape)
