@@ -26,6 +26,7 @@ from neighbor_grpo.rivals.catalogue import ALGORITHMS, make
 from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
 from neighbor_grpo.rivals.mixed import MixGRPO, TempFlowGRPO
 from neighbor_grpo.rivals.modifiers import Modifier, base
+from neighbor_grpo.rivals.pairs import FDFO
 from neighbor_grpo.rollouts import States, take
 from neighbor_grpo.solvers import METHODS, solve, step_response
 from neighbor_grpo.tasks.digits import NULL, UNet
@@ -46,6 +47,7 @@ SMALL = {
     "vgrpo": make("vgrpo", group_size=6, steps=4, trained_steps=3),
     "awm": make("awm", group_size=6, steps=4, trained_steps=3, clip_range=0.02),
     "tmpo": make("tmpo", group_size=6, steps=4, trained_steps=3),
+    "fdfo": make("fdfo", group_size=6, steps=4, trained_steps=2),
 }
 assert SMALL.keys() == ALGORITHMS.keys()
 every_algorithm = pytest.mark.parametrize("algorithm", SMALL.values(), ids=SMALL)
@@ -330,7 +332,7 @@ def test_trained_states_are_members_crossed_with_steps(algorithm):
         by_member = Counter(member for _, group, member in chosen if group == g)
         assert set(steps.values()) == {members} and len(steps) == algorithm.trained_steps
         assert set(by_member.values()) == {algorithm.trained_steps} and len(by_member) == members
-    last = algorithm.steps - (1 if isinstance(algorithm, NeighborGRPO) else 2)
+    last = algorithm.steps - (1 if isinstance(algorithm, (NeighborGRPO, FDFO)) else 2)
     assert max(step for step, _, _ in chosen) <= last
 
 

@@ -40,6 +40,7 @@ from neighbor_grpo.rivals.modifiers import (
     guarded,
     shape_advantages,
 )
+from neighbor_grpo.rivals.pairs import FDFO
 from neighbor_grpo.rivals.trajectories import Replay
 from neighbor_grpo.runs.trainer import Trainer
 from neighbor_grpo.solvers import solve
@@ -67,6 +68,8 @@ class Plain(Modifier):
 
 def neutral(algorithm):
     "Modifiers that change nothing."
+    if isinstance(algorithm, FDFO):  # whose rewards nothing standardizes
+        return Replay(Plain(algorithm), replay=0)
     around = ShapedAdvantages(Plain(algorithm), 0.0, "group")
     if base(algorithm) is not algorithm:  # OP-GRPO, which has chunks and replay already
         return around

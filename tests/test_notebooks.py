@@ -21,6 +21,7 @@ SLOW = {
     "models/miniature",
     "rivals/forward",
     "rivals/mixed",
+    "rivals/pairs",
     "rivals/trajectories",
     "runs/processes",
     "tasks/images",

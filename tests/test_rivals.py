@@ -405,7 +405,7 @@ def test_every_setting_of_a_modifier_has_a_docstring_and_an_owner(kind):
 
 @every_name
 def test_only_what_draws_every_step_at_the_same_times_is_replayed(name):
-    algorithm = base(make(name))
+    algorithm = base(make(name, group_size=6))
     if name in ("flow", "dance", "dppo", "op", "tmpo"):
         assert Replay(algorithm).replay == 3
         return

@@ -18,6 +18,7 @@ from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
 from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios,
                                             MaskedRatios, Modifier, Previews,
                                             ShapedAdvantages, TimeWeights, base)
+from .pairs import FDFO
 from .trajectories import OPGRPO, TMPO, Replay
 from ..rollouts import Algorithm
 
@@ -31,7 +32,7 @@ ALGORITHMS: dict[str, type] = {
     "op": OPGRPO,
     "nft": DiffusionNFT, "vgrpo": VGRPO,
     "awm": AWM,
-    "tmpo": TMPO,
+    "tmpo": TMPO, "fdfo": FDFO,
 }
 
 # %% ../../nbs/rivals/catalogue.ipynb #7481f659
