@@ -16,7 +16,7 @@ from .gaussian import DanceGRPO, FlowDPPO, FlowGRPO
 from .matching import AWM
 from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
 from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios,
-                                            MaskedRatios, Modifier, Previews,
+                                            KeptGraphs, MaskedRatios, Modifier, Previews,
                                             ShapedAdvantages, TimeWeights, base)
 from .pairs import FDFO
 from .trajectories import OPGRPO, TMPO, Replay
@@ -37,6 +37,7 @@ ALGORITHMS: dict[str, type] = {
 
 # %% ../../nbs/rivals/catalogue.ipynb #7481f659
 MODIFIERS: dict[str, type] = {
+    "lean": KeptGraphs,
     "weights": TimeWeights, "mask": MaskedRatios, "guard": GuardedRatios, "chunks": ChunkedRatios,
     "slas": ShapedAdvantages, "gdpo": BatchAdvantages,
     "previews": Previews, "replay": Replay,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['base', 'kinds', 'inside', 'Modifier', 'shape_advantages', 'ShapedAdvantages', 'BatchAdvantages', 'guarded',
            'GuardedRatios', 'MaskedRatios', 'chunk_means', 'ChunkedRatios', 'equal_pull', 'TimeWeights', 'extremes',
-           'Previews']
+           'Previews', 'KeptRollout', 'KeptGraphs']
 
 # %% ../../nbs/rivals/modifiers.ipynb #3ab4aaef
 from collections.abc import Sequence
@@ -21,8 +21,9 @@ from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import check_rewards, combine_rewards, group_advantages, in_units, surrogate
 from ..neighbor import NeighborGRPO
 from .gaussian import SDEGRPO
-from ..rollouts import (Algorithm, Reward, Rollout, Standardize, StepAlgorithm,
-                                    Watched, check_types, for_each, per_state)
+from ..rollouts import (Algorithm, Reward, Rollout, Standardize, States,
+                                    StepAlgorithm, Watched, check_types, for_each, per_state,
+                                    take)
 from ..solvers import solve
 
 # %% ../../nbs/rivals/modifiers.ipynb #42aa2fd4
@@ -349,3 +350,68 @@ class Previews(Modifier):
     def nfe_old(self) -> float:
         "Evaluations without gradient, per sample, previews included."
         return self.algorithm.nfe_old + self.scouts * self.scout_steps / self.group_size
+
+# %% ../../nbs/rivals/modifiers.ipynb #adeb68b4
+@dataclass(frozen=True, kw_only=True)
+class KeptRollout(Rollout):
+    "A rollout whose evaluations of the trained states can still be differentiated."
+    trained: States
+    "Chosen before the rollout."
+    kept: Tensor
+    "(N, *shape) the velocities there, with their graph."
+
+
+@dataclass(frozen=True)
+class KeptGraphs(Modifier):
+    """LeanGRPO: the rollout keeps the graph of what will be trained, so that an update on
+    policy evaluates nothing again. From a summary of the paper: unconfirmed."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        own = base(self)
+        once = (own.method != "heun" if isinstance(own, NeighborGRPO)
+                else isinstance(own, SDEGRPO) and type(own).follow is SDEGRPO.follow)
+        allowed = "around an algorithm that asks once for each candidate's step"
+        require(once, type(self).__name__, f"around {type(own).__name__}", allowed)
+
+    def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
+               generator: Generators = None, iteration: int = 0,
+               reward: Reward | None = None) -> Rollout:
+        "Choose first; then ask for chosen rows with a gradient, for the others without."
+        groups, size = start.shape[:2]
+        before = Rollout(start, start[None], start[None], cond, 0.0)  # a choice needs its shape
+        trained = self.algorithm.choose(before, generator)
+        rows, kept = trained.prompt * size + trained.member, []
+
+        def ask(x: Tensor, t: Tensor, cond: object) -> Tensor:
+            mine = rows[trained.step == len(kept)]
+            rest = torch.ones(len(x), device=x.device).index_fill(0, mine, 0).nonzero()[:, 0]
+            part = lambda i: velocity(x[i], t[i], take(cond, i)) if len(i) else x[i]
+            with torch.enable_grad(): kept.append(part(mine))
+            return torch.cat([kept[-1].detach(), part(rest)])[torch.cat([mine, rest]).argsort()]
+
+        rollout = self.algorithm.follow(ask, start, cond, generator, iteration, reward)
+        order = trained.step.argsort(stable=True).argsort()
+        with torch.enable_grad(): velocities = torch.cat(kept)[order]
+        nfe = rollout.nfe - len(trained) / (groups * size)  # they count with a gradient
+        return KeptRollout(**vars(rollout) | dict(nfe=nfe), trained=trained, kept=velocities)
+
+    def choose(self, rollout: Rollout, generator: Generators = None) -> States:
+        assert isinstance(rollout, KeptRollout)  # of `follow`
+        return rollout.trained
+
+    def loss(self, velocity, rollout, states, advantages, on_policy=False,
+             surrogate=surrogate):
+        good, allowed = on_policy and len(states) == len(rollout.trained), "1, 'policy', 0"
+        require(good, "updates, collector, micro_batch", "others, or a replay", allowed)
+        asked = velocity
+        while isinstance(asked, Watched):  # which penalties read
+            asked.inputs, asked.v = states.inputs(rollout), rollout.kept
+            asked = asked.velocity
+        kept = lambda *inputs: rollout.kept
+        return self.algorithm.loss(kept, rollout, states, advantages, on_policy, surrogate)
+
+    @property
+    def nfe_old(self) -> float:
+        "Evaluations without gradient, per sample: all but those of the trained states."
+        return self.algorithm.nfe_old - self.algorithm.nfe_theta

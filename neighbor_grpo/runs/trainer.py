@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from .. import __version__
 from ..flow import require
 from ..rivals.catalogue import modifiers_of
-from ..rivals.modifiers import base
+from ..rivals.modifiers import KeptGraphs, base, kinds
 from ..rollouts import Algorithm
 from .folder import (Checkpoints, append_row, first_alone, gather, hold_folder,
                                        load_or_train, open_run, settled_rows, to_line,
@@ -89,6 +89,8 @@ class Trainer(Run):
     def prepare(self) -> None:
         "Make reference and optimizer; go back to the newest checkpoint of the run folder."
         s, size = self.settings, self.processes
+        lean = KeptGraphs in kinds(self.algorithm) and self.task.split_guidance
+        require(not lean, "train_guidance_scale", "its own", "that of the rollout with 'lean'")
         self.groups = self.groups[self.rank * s.groups // size:][:s.groups // size]
         with open_run(self.out, self.config, self.resume) if self.out else nullcontext():
             if self.out: self.checkpoints = Checkpoints(self.out / "checkpoints", s.keep)
