@@ -56,8 +56,8 @@ from .rivals.mixed import MixGRPO
 from .rivals.catalogue import (ALGORITHMS, BROUGHT_ALONG, MODIFIERS, modified,
                                             own_fields)
 from .runs.machine import choose_device
-from .runs.plugins import (check_plugins, give_plugins, load_installed,
-                                        plugin_options, remembered)
+from .runs.plugins import (FUNCTIONS, check_plugins, function_files, give_plugins,
+                                        load_installed, plugin_options, remembered)
 from .runs.folder import (Checkpoints, new_folder, open_run, read_config,
                                        read_rows, world, write_atomically)
 from .runs.pictures import Seen, View, Visible, plot_run
@@ -681,6 +681,7 @@ def train(
     new = not out or not out.exists()
     out = out or new_folder(Path("runs") / f"{name}-{values.algorithm}-seed{settings.seed}")
     about = dict(task_name=name, task=vars(task_settings)) | remembered()
+    FUNCTIONS[:] = function_files(about["task"])
     config = run_config(algorithm, settings, **about)
     with (given_back(out, not values.out), launched(out, values) as (split, track),
           open_run(out, config, values.resume), given_back(out, new)):
@@ -1129,6 +1130,8 @@ def read_study(
         require(settings == tasks[0], f"variant {side.name}", settings, same)
     budgets = {axis: v[axis] for axis in AXES if v[axis] is not None}
     about = dict(task_name=v.task, task=vars(tasks[0])) | remembered()
+    if path == left: check_plugins(about, "--out", known.out)
+    FUNCTIONS[:] = function_files(about["task"])
     make = partial(task_classes(v.task)[0], tasks[0])
     return Study(sides, make, tuple(v.seeds), budgets, v.target, about), v
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from neighbor_grpo.rewards.judges import Rewards, absolute_rewards, make_rewards
 from neighbor_grpo.rewards.programs import Reward
 from neighbor_grpo.rewards.remote import RemoteReward, RewardServer
 from neighbor_grpo.runs.folder import read_sealed, seal
+from neighbor_grpo.runs.plugins import LOADED
 from neighbor_grpo.tasks.prompts import read_records
 
 PICTURES, PROMPTS = torch.rand(2, 3, 8, 8), ["a", "b"]
@@ -118,6 +120,8 @@ def test_a_run_keeps_records_and_knows_its_function(file, tmp_path, monkeypatch,
     (tmp_path / "p.csv").write_text("caption,other\ntwo red circles,1\n")
 
     def ends(command, message):
+        LOADED.clear()  # as in a new process
+        sys.modules.pop("neighbor_grpo_plugin_mine", None)
         assert main(command.split()) == (1 if message else 0), capsys.readouterr().err
         found = capsys.readouterr().err
         assert re.search(message, found), found
@@ -132,15 +136,16 @@ def test_a_run_keeps_records_and_knows_its_function(file, tmp_path, monkeypatch,
     assert kept["a blue square"]["want"] == 1 and kept["two red circles"] == dict(caption="two red circles", want="0.5")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    ends("train --resume --iterations 2 --quiet --out ../run", "")
-    ends("evaluate ../run", "")
+    ends("train --resume --iterations 2 --quiet --out ../run", "used with --plugin .*mine.py")
+    ends("train --resume --iterations 2 --quiet --out ../run --plugin ../mine.py", "")
+    ends("evaluate ../run --plugin ../mine.py", "")
     good = file.read_text()
     for text in (good + "\n", None):
         file.write_text(text) if text else file.unlink()
         for command in ("train --resume --iterations 3 --quiet --out ../run", "evaluate ../run"):
-            ends(command, "content changed since" if text else "with a file that exists")
+            ends(f"{command} --plugin ../mine.py", "content has changed" if text else "a Python file")
     file.write_text(good)
     path = tmp_path / "run" / "prompts.json"  # as it was before there were records
     old = {name: value for name, value in read_sealed(path).items() if name != "records"}
     path.write_text(json.dumps(seal(old)))
-    ends("evaluate ../run", "KeyError: 'want'")
+    ends("evaluate ../run --plugin ../mine.py", "KeyError: 'want'")

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [ROOT / "nbs" / name for name in pages.notebooks(ROOT / "nbs")]
 # Pages that take ten seconds or more, teach nothing that the core rests on, and whose modules have tests of their own.
 SLOW = {
+    "help/own",
     "lab/benchmark",
     "lab/compare",
     "lab/cost",
