@@ -48,10 +48,10 @@ def test_a_folder_runs_no_file_by_itself(folder, command, capsys):
     assert not (folder.parent / "was run").exists()
 
 
-@pytest.mark.parametrize("text", ("theirs/evil.py:score", " function @ theirs/evil.py:score", "-1 * theirs/evil.py:score"))
+@pytest.mark.parametrize("entry", ("{}", " function @ {}", "-1 * {}"))
 @pytest.mark.parametrize("name", ("rewards", "judges"))
-def test_all_ways_to_write_a_function_are_seen(folder, text, name, capsys):
-    write(folder, text, name)
+def test_all_ways_to_write_a_function_are_seen(folder, entry, name, capsys):
+    write(folder, entry.format("theirs/evil.py:score"), name)
     assert main(["evaluate", "theirs"]) == 1 and "--plugin" in capsys.readouterr().err
     assert not (folder.parent / "was run").exists()
 
