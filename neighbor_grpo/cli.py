@@ -11,8 +11,9 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_B
            'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave',
            'train', 'load_run', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts', 'evaluate',
            'draw_runs', 'sample', 'write_report', 'command_of', 'read_figures', 'save', 'bench_model', 'bench',
-           'read_variant', 'study_parser', 'read_file', 'read_study', 'compare', 'read_new_pipeline', 'pretrain',
-           'distill', 'serve', 'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
+           'split_name', 'read_variant', 'study_parser', 'configs_option', 'search_options', 'start_from_file',
+           'read_file', 'config_line', 'read_study', 'compare', 'search', 'read_new_pipeline', 'pretrain', 'distill',
+           'serve', 'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -1021,6 +1022,14 @@ def bench(
 NOT_HERE = {"--seed", "--iterations", "--algorithm", "--out", "--resume", "--quiet",
             "--recipe", "--trackers", "--plugin", "--help", "-h"}  # are the comparison's
 
+def split_name(
+    line: str,  # [NAME:] ALGORITHM [--setting value ...]
+) -> tuple[str, str]:  # the name, empty where there is none; the rest
+    "A name and what it stands for; a colon in a setting is none of a name."
+    name, colon, rest = line.partition(":")
+    return (name.strip(), rest) if colon and "--" not in name else ("", line)
+
+
 def read_variant(
     task: str,  # a key of TASKS
     line: str,  # [NAME:] ALGORITHM [--setting value ...]
@@ -1028,7 +1037,7 @@ def read_variant(
 ) -> tuple:  # a `Variant`, and the settings of the task
     "One variant of a comparison, as a command line of `train` with a name."
     from neighbor_grpo.lab.compare import Variant
-    name, colon, rest = line.rpartition(":")
+    name, rest = split_name(line)
     where = "--variants and --common"
     try: words, shared = shlex.split(rest), shlex.split(common)
     except ValueError as e:
@@ -1037,27 +1046,28 @@ def read_variant(
     known = bool(words) and words[0] in ALGORITHMS
     allowed = f"with one of {', '.join(ALGORITHMS)}"
     require(known, "--variants", line, f"[NAME:] ALGORITHM [--setting value ...] {allowed}")
-    name, options = name.strip() if colon else words[0], [*shared, *words[1:]]
+    name, options = name or words[0], [*shared, *words[1:]]
     named = bool(re.fullmatch(r"\w[\w .+*-]*", name))
     require(named, "--variants", line, "a name that can be that of a folder")
     taken = {word.split("=")[0] for word in options} & NOT_HERE
     allowed = f"settings other than {', '.join(sorted(taken))}"
     require(not taken, where, f"{line} {common}".strip(), allowed)
-    try: _, parts, _ = read_command([task, "--algorithm", words[0], *options])
+    # a rate may fall within fewer iterations than the task's default
+    command = [task, "--algorithm", words[0], *options, "--iterations=1"]
+    try: _, parts, _ = read_command(command)
     except ValueError as e: raise ValueError(f"variant {name}: {e}") from e
     task_settings, algorithm, settings = parts
     return Variant(name, algorithm, settings), task_settings
 
 # %% ../nbs/launch.ipynb #7c15bf61
 def study_parser(
-    defaults: dict,  # values by name, of a file
-    source: str = "defaults",  # where they stand, for the message
+    command: Callable[[Sequence[str]], None],  # `compare` or `search`
 ) -> Parser:
-    "What is compared, how often, how far."
-    from neighbor_grpo.lab.compare import run_study
+    "What is compared or searched, how often, how far."
     usage = "[TASK] --variants LINE ... --seeds N ... [--setting value ...] --out DIR"
-    parser = Parser(prog="neighbor-grpo compare", usage=f"neighbor-grpo compare {usage}",
-                    description=run_study.__doc__, epilog="\n\n".join(overviews()))
+    name = f"neighbor-grpo {command.__name__}"
+    parser = Parser(prog=name, usage=f"{name} {usage}", description=command.__doc__,
+                    epilog="\n\n".join(overviews()))
     add = parser.add_argument
     add("--task", choices=list(TASKS), default="digits",
         help="May come first, without its name.")
@@ -1075,13 +1085,47 @@ def study_parser(
         help="A YAML file with these, or a comparison's study.json; "
              "the command line overrides it.")
     add("--out", type=str, metavar="DIR",
-        help="Folder of the comparison, new or to be continued.")
-    add("--jobs", type=int, default=2, help="Processes at a time.")
+        help="Its folder, new or to be continued.")
+    add("--jobs", "--workers", type=int, default=2, help="Processes at a time.")
     add("--quiet", action="store_true", help="Show no progress bar.")
+    more = dict(compare=configs_option, search=search_options)
+    more[command.__name__](parser)
+    return parser
+
+
+def configs_option(parser: Parser) -> None:
+    "What only `compare` is told."
+    parser.add_argument("--configs", nargs="+", type=str, metavar="FILE",
+                        help="More variants: '[NAME:] FILE' each, such as best.yaml of a search.")
+
+
+def search_options(parser: Parser) -> None:
+    "What only `search` is told."
+    add = parser.add_argument
+    add("--space", nargs="+", type=str, default=[],
+        help="Rows for the default space: each 'NAME: LOW to HIGH [log]' or 'NAME: [CHOICE, ...]'.")
+    add("--bounds", nargs="+", type=str, default=[],
+        help="What must hold as well: each 'FIGURE <= LIMIT' or >=; start is a limit.")
+    add("--figure", type=str, default="",
+        help="Search the highest of this at the budget, not the least cost to the target.")
+    add("--trials", type=int, default=24, help="Of each variant.")
+    add("--apart", type=float, default=1.1,
+        help="A run is evaluated when it has cost so many times what it had at the last time.")
+    add("--patience", type=float, default=3.0,
+        help="Past the target, a run without its bounds ends at so many times its nearest cost.")
+    add("--sampler_seed", type=int, default=0, help="Of what is drawn.")
+
+
+def start_from_file(
+    parser: Parser,
+    defaults: dict,  # values by name, of a file
+    source: str,  # where they stand, for the message
+) -> Parser:
+    "The same parser, with the values of a file."
     known = {name[2:] for name in parser._option_string_actions} - {"help", "study"}
     unknown = [key for key in defaults if key not in known]
     quiet = defaults.get("quiet", False)
-    require(not unknown, "--study", unknown, "names of settings of compare")
+    require(not unknown, "--study", unknown, f"names of settings of {parser.prog.split()[1]}")
     require(isinstance(quiet, bool), "quiet", quiet, "true or false")
     parser.start_from(defaults, source)
     return parser
@@ -1095,15 +1139,39 @@ def read_file(
     lines = values.get("variants")
     if isinstance(lines, dict):
         values["variants"] = [f"{name}: {line}" for name, line in lines.items()]
-    for key in ("variants", "seeds"):
+    if isinstance(values.get("space"), dict):
+        values["space"] = [json.dumps({name: row}) for name, row in values["space"].items()]
+    for key in ("variants", "seeds", "bounds", "configs"):
         if isinstance(values.get(key), (str, int)): values[key] = [values[key]]
     return {key: value for key, value in values.items() if value is not None}
 
 
+def config_line(
+    task: str,  # a key of TASKS
+    said: str,  # [NAME:] FILE
+) -> str:  # a line of --variants
+    "A recipe as a variant; best.yaml is named for its folder. Seed and length are left out."
+    name, _, file = said.rpartition(": ")
+    path = Path(file)
+    require(path.is_file(), "--configs", said, "[NAME:] FILE, a recipe or a run's config.json")
+    values = read_recipe(str(path))
+    own = f"{said} of the task {values['task']}"
+    require(values["task"] == task, "--configs", own, f"of the task {task}")
+    algorithm, around = values["algorithm"], values["with"]
+    words = [algorithm, "--with", *around]
+    for key in sorted(values.keys() - {"task", "algorithm", "with", "seed", "iterations"}):
+        value = values[key]
+        several = value if isinstance(value, list) else [value]
+        texts = [each if isinstance(each, str) else json.dumps(each) for each in several]
+        words += [f"--{key}", *texts] if isinstance(value, list) else [f"--{key}={texts[0]}"]
+    return f"{name or (path.parent if path.stem == 'best' else path).stem}: {shlex.join(words)}"
+
+
 def read_study(
     argv: Sequence[str],  # [TASK] [--setting value ...]
+    command: Callable[[Sequence[str]], None] | None = None,  # `search`; None: `compare`
 ) -> tuple:  # a `Study`, and all values
-    "What a command line of `compare` asks for; the file or the folder has the rest."
+    "What a command line asks for; the file or the folder has the rest."
     from neighbor_grpo.lab.compare import AXES, Study
     named = bool(argv) and not argv[0].startswith("-")
     argv = [*argv[1:], "--task", argv[0]] if named else list(argv)
@@ -1115,7 +1183,10 @@ def read_study(
     left = Path(known.out or "") / "study.json"
     path = left if known.out and left.exists() else None
     if known.study: path = Path(known.study)
-    v = study_parser(read_file(path) if path else {}, f"--study {path}").parse_args(argv)
+    parser = study_parser(command or compare)
+    v = start_from_file(parser, read_file(path) if path else {}, f"--study {path}").parse_args(argv)
+    lines = [config_line(v.task, said) for said in v.get("configs") or []]
+    v.variants = [*(v.variants or []), *lines]
     each = "each [NAME:] ALGORITHM [--setting value ...]"
     needed = dict(out="a folder for the comparison",
                   variants="such as --variants neighbor 'wide: neighbor --sigma 0.5', "
@@ -1154,6 +1225,41 @@ def compare(
     messages = "; ".join(f"{name}: {message}" for name, message in failed.items())
     count = f"{len(failed)} of {len(study.runs)} runs failed"
     if failed: raise RuntimeError(f"{count}: {messages}; {again}")
+
+
+def search(
+    argv: Sequence[str],  # [TASK] --variants LINE ... --seeds N ... --out DIR ...
+) -> None:
+    "Search the settings of each variant for the least cost to a target, under bounds."
+    from dataclasses import replace
+
+    from neighbor_grpo.lab.compare import AXES
+    from neighbor_grpo.lab.search import Search, read_bound, run_search, space_for
+    study, v = read_study(argv, search)
+    out, searches = Path(v.out), []
+    for side, line in zip(study.variants, v.variants):
+        words = shlex.split(v.common) + shlex.split(split_name(line)[1])
+        said = {w.partition("=")[0][2:].replace("-", "_") for w in words if w[:2] == "--"}
+        about = dict(bounds=tuple(map(read_bound, v.bounds)), figure=v.figure, trials=v.trials)
+        about |= dict(apart=v.apart, patience=v.patience, sampler_seed=v.sampler_seed)
+        space = space_for(side, v.space, said)
+        searches.append(Search(replace(study, variants=(side,)), space, **about))
+    out.mkdir(parents=True, exist_ok=True)
+    kept = ("task", "variants", "common", "seeds", *AXES, "target", "space", "bounds", "figure",
+            "trials", "apart", "patience", "sampler_seed")
+    write_atomically(out / "study.json", json.dumps({name: v[name] for name in kept}, indent=1))
+    line = f"neighbor-grpo search --out {shlex.quote(str(out))}{plugin_options()}"
+    try:
+        for each in searches:
+            name = each.variant.name
+            if not v.quiet: print(f"Searching {name}: {', '.join(each.space)}.", flush=True)
+            run_search(each, out / name, out / "pretrained", v.jobs, not v.quiet)
+            print(f"{name}\n\n{(out / name / 'table.md').read_text()}", flush=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped by hand; go on with: {line}") from None
+    except RuntimeError as e: raise RuntimeError(f"{e}; go on with: {line}") from e
+    print(f"folder: {out}; the best settings of each: {out}/NAME/best.yaml")
+
 
 # %% ../nbs/launch.ipynb #a4333a8e
 def read_new_pipeline(
@@ -1260,8 +1366,8 @@ def stoppable(
 # %% ../nbs/launch.ipynb #074f1b1a
 COMMANDS = {"train": train, "evaluate": evaluate, "sample": sample,
             "report": write_report, "save": save,
-            "compare": compare, "bench": bench, "pretrain": pretrain, "distill": distill,
-            "serve": serve}
+            "compare": compare, "search": search, "bench": bench, "pretrain": pretrain,
+            "distill": distill, "serve": serve}
 
 def overview() -> str:
     "What the commands, tasks and recipes are."

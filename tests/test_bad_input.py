@@ -333,7 +333,7 @@ def test_missing_checkpoint_names_the_folder(tmp_path):
 
 # A command line, and the fragments of the one line on standard error.
 COMMAND_LINES = [
-    ("fly", "command", "'fly'", "train, evaluate, sample, report, save, compare, bench, pretrain, distill, serve"),
+    ("fly", "command", "'fly'", "train, evaluate, sample, report, save, compare, search, bench, pretrain, distill"),
     ("train sculptures", "task", "'sculptures'", "digits, toy"),
     ("train toy --algorithm ppo", "--algorithm", "'ppo'", "neighbor, flow, dance"),
     ("train toy --groups none", "groups", "none", "int"),

@@ -35,7 +35,7 @@ FORBIDDEN = (
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 DISTRIBUTIONS |= {"matplotlib_inline": "matplotlib-inline"}
 MAX_FUNCTION = 40  # lines of code in a function
-MAX_LIBRARY = 10_530  # lines of code of at most 92 columns, without docstrings and comments
+MAX_LIBRARY = 11_130  # lines of code of at most 92 columns, without docstrings and comments
 
 
 def run(*command, cwd=ROOT, **environment):
@@ -320,6 +320,8 @@ def test_imports_are_declared(path):
         declared |= requirement_names(" ".join(settings[f"extra_{name}"] for name in ("sd3", "rewards")))
     if dotted(path) == "rewards.ocr":
         declared |= requirement_names(settings["extra_ocr"])
+    if dotted(path) == "lab.search":
+        declared |= requirement_names(settings["extra_search"])
     if dotted(path) in QUANTIZED:
         declared |= requirement_names(settings["extra_quantized"])
     if dotted(path) in NOTEBOOK:
