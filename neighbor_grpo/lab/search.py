@@ -99,6 +99,9 @@ SPACES: dict[str, Space] = {
                   soft_clip=Range(1.0, 6.0), group_noise=(True, False)),
     "tmpo": rows((3, 4, 6, 8), (1, 2, 3, 5), TWICE, beta=Range(0.5, 8.0, log=True),
                  noise_level=Range(0.2, 1.0)),
+    "fdfo": rows((3, 4, 6, 8), (1, 2, 4, 8), TWICE, sigma=Range(0.1, 0.9),
+                 group_size=({"group_size": 2, "groups": 60}, {"group_size": 4, "groups": 30},
+                             {"group_size": 12, "groups": 10})),
 }
 
 # %% ../../nbs/lab/search.ipynb #3e5eb508
