@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WITHOUT_WEIGHTS', 'judged', 'by_prompt', 'summary', 'Look', 'padded', 'figure_rows', 'as_table', 'as_json',
-           'write_sheet', 'write_images']
+           'write_sheet', 'write_animation', 'write_images']
 
 # %% ../../nbs/lab/looking.ipynb #fd828cca
 import math
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
 from ..flow import require
@@ -175,18 +175,31 @@ def write_sheet(
     save_picture(figure, path)
 
 
+def write_animation(
+    frames: Tensor,  # (F, 3, H, W) in [0, 1], F >= 1
+    path: Path,  # ends in .webp
+) -> None:
+    "A video as an animated picture without loss, four frames a second, again and again."
+    first, *rest = to_pictures(frames)
+    first.save(path, save_all=True, append_images=rest, duration=250, loop=0, lossless=True)
+
+
 def write_images(
     looks: Sequence[Look],  # with images
     folder: Path,  # new or empty
 ) -> None:
-    "Each image as a file of its own, named after policy, prompt and number."
+    """Each image as a file of its own, named after policy, prompt and number; of a video its strip,
+    and an animation where Pillow has WebP."""
     good = not folder.exists() or folder.is_dir() and not any(folder.iterdir())
     require(good, "--out", str(folder), "a picture, or a folder that is new or empty")
     make_folder(folder)
     for look in looks:
         title = re.sub(r"\W+", "-", look.title)
-        images = in_strips(look.seen.images)  # type: ignore[arg-type]
-        pictures: list[Image.Image] = to_pictures(images)
-        prompts = [*dict.fromkeys(look.seen.prompts)]
+        images, prompts = look.seen.images, [*dict.fromkeys(look.seen.prompts)]
+        assert images is not None
+        pictures: list[Image.Image] = to_pictures(in_strips(images))
         for k, (picture, prompt) in enumerate(zip(pictures, look.seen.prompts)):
-            picture.save(folder / f"{title}-{prompts.index(prompt):03d}-{k:04d}.png")
+            path = folder / f"{title}-{prompts.index(prompt):03d}-{k:04d}.png"
+            picture.save(path)
+            if images.ndim == 5 and features.check("webp"):
+                write_animation(images[k], path.with_suffix(".webp"))
