@@ -86,9 +86,9 @@ def penalties_of(settings: Settings) -> list[VelocityPenalty]:
 def evaluations(algorithm: Algorithm,
                 penalties: Sequence[VelocityPenalty] = ()) -> tuple[float, float]:
     "Evaluations per sample of one update: with gradient, and without (of the reference)."
+    own = algorithm.nfe_theta, algorithm.nfe_theta if algorithm.frozen_reference else 0
     more = [penalty.evaluations(algorithm) for penalty in penalties]
-    trained, asked = (sum(values) for values in zip(*more)) if more else (0, 0)
-    return algorithm.nfe_theta + trained, asked
+    return tuple(sum(values) for values in zip(own, *more))
 
 
 def forward_equivalents(algorithm: Algorithm,

@@ -188,7 +188,8 @@ class Watched:
     v: Tensor
     "What it answered."
 
-    def __init__(self, velocity: Velocity): self.velocity = velocity
+    def __init__(self, velocity: Velocity, reference: Velocity | None = None):
+        self.velocity, self.reference = velocity, reference
 
     def __call__(self, x: Tensor, t: Tensor, cond: object = None) -> Tensor:
         self.inputs, self.v = (x, t, cond), self.velocity(x, t, cond)
@@ -211,6 +212,8 @@ class Algorithm:
     "Time shift of the grid; None: that of the task."
     grid: str
     "Of times: 'even' or 'scheduler', as of `time_grid`."
+    frozen_reference: bool = False
+    "Whether its loss compares with the policy before training, the reference of a `Watched`."
 
     @property
     def has_ratio(self) -> bool:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .flow import Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards, combine_rewards
-from .penalties import penalties_of
+from .penalties import evaluations, penalties_of
 from .rollouts import (Algorithm, Rollout, States, Watched, check_types,
                                     per_state)
 
@@ -236,18 +236,18 @@ class Run:
     average: AveragedModel | None = None
     "Of the weights, if it is wanted."
     reference: nn.Module | None = None
-    "What the penalties compare with, if there are any."
+    "What penalties and some losses compare with, if there are any."
     over: str = ""
     "Why it ends before its last iteration, if it does."
 
     def __init__(self, task: Task, algorithm: Algorithm,
                  settings: TrainSettings = TrainSettings()):
-        made = isinstance(algorithm, Algorithm)
-        require(made, "algorithm", algorithm, "an `Algorithm`, made")
+        require(isinstance(algorithm, Algorithm), "algorithm", algorithm, "an `Algorithm`, made")
         self.task = task if isinstance(task, Task) else Plain(task)
         self.settings, self.policy = settings, task.policy
         self.penalties = penalties_of(settings)
-        self.needs_reference = bool(self.penalties) or settings.collector == "reference"
+        compares = bool(self.penalties) or algorithm.frozen_reference
+        self.needs_reference = compares or settings.collector == "reference"
         self.algorithm = algorithm.fitted(self.task.shift_at)
         check_run(self.task, algorithm, settings)
         self.groups = list(range(settings.groups))  # those of this process
@@ -255,8 +255,7 @@ class Run:
             average = get_ema_multi_avg_fn(settings.ema)
             self.average = AveragedModel(self.policy, multi_avg_fn=average)
             self.average.n_averaged += 1  # counts the first weights as the average's start
-        self.iteration, self.moved = 0, False
-        self.rows, self.evals, self.memory = [], [], {}
+        self.iteration, self.moved, self.rows, self.evals, self.memory = 0, False, [], [], {}
         self.prepare()
 
     def prepare(self) -> None:
@@ -394,10 +393,10 @@ def learn(run: Run, update: Update, advantages: Tensor,  # (P, G)
           stats: SurrogateStats) -> float:
     "One update of the weights; returns the norm of its gradient."
     algorithm, old, size = run.algorithm, update.rollout, run.settings.micro_batch
-    policy, pairs = Watched(run.policy), [*zip(run.penalties, update.others)]
+    reference = run.reference or run.policy  # where none is needed, nothing asks it
+    policy, pairs = Watched(run.policy, reference), [*zip(run.penalties, update.others)]
     near = [penalty for penalty, own in pairs if own is None]
     apart = [(penalty, own) for penalty, own in pairs if own is not None]
-    reference = run.reference or run.policy  # without penalties, nothing asks it
     run.optimizer.zero_grad()
     for states in update.trained.split(size):
         loss = algorithm.loss(policy, old, states, advantages, update.on_policy,
@@ -445,13 +444,12 @@ def metrics(run: Run, rewards: Tensor,  # (P, G) of these groups, as they were c
     "A row of metrics, of all processes."
     everyone = torch.cat(run.gather(rewards))
     again = sum(len(update.trained) for update in updates if update.again)
-    shares = run.gather(rollout.nfe)
-    more = sum(penalty.evaluations(run.algorithm)[0] for penalty in run.penalties)
+    shares, (trained, _) = run.gather(rollout.nfe), evaluations(run.algorithm, run.penalties)
     seen = SurrogateStats(sum(run.gather(stats.seen), []))
     return dict(iteration=run.iteration + 1, reward_mean=everyone.mean().item(),
                 reward_std=everyone.std(1, correction=0).mean().item(),
                 nfe_old=sum(shares) / len(shares) + again / rollout.x.shape[1:3].numel(),
-                nfe_theta=(run.algorithm.nfe_theta + more) * len(updates), **seen.summary())
+                nfe_theta=trained * len(updates), **seen.summary())
 
 # %% ../nbs/training.ipynb #8afc6c6e
 def train(

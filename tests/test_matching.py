@@ -2,14 +2,18 @@
 
 import pytest
 import torch
-from helpers import PointwiseVelocity, SmallNet, gradients
+from helpers import PointwiseVelocity, SmallNet, TinyTask, gradients, penalized_loss, weights
 from hypothesis import given
 from hypothesis import strategies as st
 
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.grpo import group_advantages
+from neighbor_grpo.penalties import VelocityPenalty, evaluations
+from neighbor_grpo.rivals.catalogue import modified
 from neighbor_grpo.rivals.forward import ForwardProcess, forward_times
-from neighbor_grpo.rivals.matching import AWM
+from neighbor_grpo.rivals.matching import AWM, DGPO, RAM
+from neighbor_grpo.rollouts import Watched
+from neighbor_grpo.training import Run, TrainSettings
 
 SHAPE, P, G, K = (3, 2, 2), 3, 5, 2
 SMALL = dict(group_size=G, steps=3, trained_steps=K)
@@ -137,7 +141,117 @@ def test_awm_clips_advantages_and_maps_them_to_one():
     torch.testing.assert_close(AWM().advantages(both, [0.25, 0.75]), mixed.clamp(-5, 5) / 5)
 
 
+# --- DGPO ---
+
+
+def preferences(algorithm, policy, rollout, credit, first, on_policy):
+    "Minus its objective, as nested loops, and how many samples are beyond the clip."
+    total, left, c = 0, 0, algorithm.clip_range
+    known = {(k, p, i): (x, t, x0, noise) for k, p, i, x, t, x0, noise in each(rollout)}
+    for k, p in [(k, p) for k in range(K) for p in range(P)]:
+        preference = 0
+        for i, a in enumerate(credit[p]):
+            x, t, x0, noise = known[k, p, i]
+            new = error(policy(x[None], t[None])[0], x0, noise)
+            old = new.detach() if on_policy else error(rollout.v[k, p, i], x0, noise)
+            before = error(first(x[None], t[None])[0], x0, noise).detach() if first else old
+            rho = (old - new).exp().item()
+            beyond = rho > 1 + c if a > 0 else rho < 1 - c
+            left += beyond
+            preference = preference + a * ((new.detach() if beyond else new) - before)
+        preference = preference * algorithm.beta / G
+        total = total - torch.nn.functional.logsigmoid(-preference) / algorithm.beta
+    return total / (K * P), left
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize("micro_batch", [0, G * K])
+def test_dgpo_prefers_the_good_of_each_group_at_each_time(network, frozen, on_policy, micro_batch):
+    algorithm = DGPO(**SMALL, beta=30.0, frozen_reference=frozen, clip_range=0.004)
+    rollout, credit = collect(algorithm, network)
+    policy, first = network if on_policy else moved(network, 0.01), moved(network, 0.1)
+    total, left = preferences(algorithm, policy, rollout, credit, first if frozen else None, on_policy)
+    assert on_policy == (left == 0)
+    policy.zero_grad()
+    total.backward()
+    expected = gradients(policy)
+    policy.zero_grad()
+    for states in algorithm.choose(rollout).split(micro_batch):
+        loss = algorithm.loss(Watched(policy, first), rollout, states, credit, on_policy)
+        (loss / (K * P * G)).backward()
+    torch.testing.assert_close(gradients(policy), expected, rtol=1e-7, atol=1e-10)
+
+
+def test_dgpo_on_policy_is_half_of_awm_where_it_has_not_left_its_reference(network):
+    plain = AWM(**SMALL, error_power=1.0, weight_power=0.0)
+    rollout, credit = collect(plain, network)
+    _, found = update(DGPO(**SMALL), network, rollout, credit, on_policy=True)
+    _, expected = update(plain, network, rollout, credit / 2, on_policy=True)
+    torch.testing.assert_close(found, expected)
+
+
+# --- RAM ---
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_ram_regresses_on_the_corrected_velocity(network, on_policy):
+    algorithm = RAM(**SMALL, multiplier=7.0)
+    rollout, credit = collect(algorithm, network)
+    policy, first, total = network if on_policy else moved(network), moved(network, 0.1), 0
+    for k, p, i, x, t, x0, noise in each(rollout):
+        v = policy(x[None], t[None])[0]
+        old = v.detach() if on_policy else rollout.v[k, p, i]
+        target = first(x[None], t[None])[0] + 7 * credit[p, i] * (noise - x0 - old)
+        total = total + (v - target.detach()).square().mean() / 7 / (K * P * G)
+    policy.zero_grad()
+    total.backward()
+    expected = gradients(policy)
+    value, found = update(algorithm, Watching(policy, first), rollout, credit, on_policy=on_policy)
+    torch.testing.assert_close((value, found), (total.detach(), expected), rtol=1e-9, atol=1e-11)
+
+
+class Watching(Watched):
+    "As the loop hands it over, with the weights of the policy."
+
+    def zero_grad(self):
+        self.velocity.zero_grad()
+
+    def parameters(self):
+        return self.velocity.parameters()
+
+
+def test_ram_on_policy_is_awm_with_a_penalty(network):
+    plain, first = AWM(**SMALL, error_power=1.0, weight_power=0.0), moved(network, 0.1)
+    rollout, credit = collect(plain, network)
+    _, found = update(RAM(**SMALL, multiplier=20.0), Watching(network, first), rollout, credit, on_policy=True)
+    penalties = [(VelocityPenalty(1 / 20), first)]
+    network.zero_grad()
+    penalized_loss(plain, network, rollout, credit, penalties, on_policy=True).backward()
+    torch.testing.assert_close(found, gradients(network))
+
+
+# --- a run hands the policy before training to the loss ---
+
+
+@pytest.mark.parametrize("algorithm", [RAM(**SMALL), DGPO(**SMALL), modified(DGPO(**SMALL), "slas")])
+def test_a_run_compares_with_its_first_weights(algorithm):
+    task = TinyTask(dropout=0.0)
+    run = Run(task, algorithm, TrainSettings(groups=3, updates=2, lr=0.1))
+    start = weights(task.policy)
+    run.step()
+    assert torch.equal(weights(run.reference), start) and not torch.equal(weights(task.policy), start)
+    free = Run(TinyTask(dropout=0.0), DGPO(**SMALL, frozen_reference=False), TrainSettings(groups=3))
+    assert free.reference is None
+    assert evaluations(algorithm) == (K, K) and evaluations(free.algorithm) == (K, 0)
+
+
 REFUSED = [
+    (DGPO, {"beta": 0.0}, "> 0"),
+    (DGPO, {"clip_range": 0.0}, "in (0, 1)"),
+    (DGPO, {"advantage_clip": 0.0}, "> 0"),
+    (DGPO, {"frozen_reference": 1}, "True or False"),
+    (RAM, {"multiplier": 0.0}, "> 0"),
     (AWM, {"error_power": 0.0}, "in (0, 1]"),
     (AWM, {"weight_power": -1.0}, ">= 0"),
     (AWM, {"clip_range": 1.0}, "in (0, 1)"),

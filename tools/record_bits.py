@@ -70,10 +70,11 @@ NUMBERS = {
     "memory_age": "1",
     "beta": "0.5",
     "soft_clip": "1",
-    "least_time": "0.3",
-    "time_power": "1",
+    "least_time": "0.4",
+    "time_power": "2",
     "error_power": "1",
     "weight_power": "0",
+    "multiplier": "10",
 }
 # What a setting or a modifier needs beside it, to be allowed or to have an effect.
 BESIDE = {

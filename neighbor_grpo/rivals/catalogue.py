@@ -13,7 +13,7 @@ from ..flow import require
 from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
 from .gaussian import DanceGRPO, FlowDPPO, FlowGRPO
-from .matching import AWM
+from .matching import AWM, DGPO, RAM
 from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
 from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios,
                                             KeptGraphs, MaskedRatios, Modifier, Previews,
@@ -31,7 +31,7 @@ ALGORITHMS: dict[str, type] = {
     "dppo": FlowDPPO,
     "op": OPGRPO,
     "nft": DiffusionNFT, "vgrpo": VGRPO,
-    "awm": AWM,
+    "awm": AWM, "dgpo": DGPO, "ram": RAM,
     "tmpo": TMPO, "fdfo": FDFO,
 }
 

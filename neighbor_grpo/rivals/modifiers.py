@@ -69,7 +69,7 @@ class Modifier(StepAlgorithm):
         check_types(self)
 
     group_size, shift, grid = (inside(name) for name in ("group_size", "shift", "grid"))
-    has_ratio = inside("has_ratio")
+    has_ratio, frozen_reference = inside("has_ratio"), inside("frozen_reference")
     together, nfe_old, nfe_theta = map(inside, ("together", "nfe_old", "nfe_theta"))
     steps, trained_steps, untrained = map(inside, ("steps", "trained_steps", "untrained"))
 
