@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from .flow import Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards, combine_rewards
-from .penalties import evaluations, penalties_of
+from .penalties import penalties_of
 from .rollouts import (Algorithm, Rollout, States, Watched, check_types,
                                     per_state)
 
@@ -442,14 +442,14 @@ def iterate(run: Run) -> dict:  # a row of metrics
 def metrics(run: Run, rewards: Tensor,  # (P, G) of these groups, as they were collected
             rollout: Rollout, updates: list[Update], stats: SurrogateStats) -> dict:
     "A row of metrics, of all processes."
-    everyone = torch.cat(run.gather(rewards))
+    everyone, shares = torch.cat(run.gather(rewards)), run.gather(rollout.nfe)
     again = sum(len(update.trained) for update in updates if update.again)
-    shares, (trained, _) = run.gather(rollout.nfe), evaluations(run.algorithm, run.penalties)
+    more = sum(penalty.evaluations(run.algorithm)[0] for penalty in run.penalties)
     seen = SurrogateStats(sum(run.gather(stats.seen), []))
     return dict(iteration=run.iteration + 1, reward_mean=everyone.mean().item(),
                 reward_std=everyone.std(1, correction=0).mean().item(),
                 nfe_old=sum(shares) / len(shares) + again / rollout.x.shape[1:3].numel(),
-                nfe_theta=trained * len(updates), **seen.summary())
+                nfe_theta=(run.algorithm.nfe_theta + more) * len(updates), **seen.summary())
 
 # %% ../nbs/training.ipynb #8afc6c6e
 def train(
