@@ -1081,6 +1081,8 @@ def study_parser(
     add("--seconds", type=float, help="Read at so many seconds of one thread.")
     add("--target", type=float, default=0.9,
         help="And where the held-out reward first gets here.")
+    add("--bounds", nargs="+", type=str, default=[],
+        help="What must hold there as well: each 'FIGURE <= LIMIT' or >=; start is a limit.")
     add("--study", metavar="FILE",
         help="A YAML file with these, or a comparison's study.json; "
              "the command line overrides it.")
@@ -1104,8 +1106,7 @@ def search_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--space", nargs="+", type=str, default=[],
         help="Rows for the default space: each 'NAME: LOW to HIGH [log]' or 'NAME: [CHOICE, ...]'.")
-    add("--bounds", nargs="+", type=str, default=[],
-        help="What must hold as well: each 'FIGURE <= LIMIT' or >=; start is a limit.")
+
     add("--figure", type=str, default="",
         help="Search the highest of this at the budget, not the least cost to the target.")
     add("--trials", type=int, default=24, help="Of each variant.")
@@ -1172,7 +1173,7 @@ def read_study(
     command: Callable[[Sequence[str]], None] | None = None,  # `search`; None: `compare`
 ) -> tuple:  # a `Study`, and all values
     "What a command line asks for; the file or the folder has the rest."
-    from neighbor_grpo.lab.compare import AXES, Study
+    from neighbor_grpo.lab.compare import AXES, Study, read_bound
     named = bool(argv) and not argv[0].startswith("-")
     argv = [*argv[1:], "--task", argv[0]] if named else list(argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -1204,7 +1205,8 @@ def read_study(
     if path == left: check_plugins(about, "--out", known.out)
     FUNCTIONS[:] = function_files(about["task"])
     make = partial(task_classes(v.task)[0], tasks[0])
-    return Study(sides, make, tuple(v.seeds), budgets, v.target, about), v
+    bounds = tuple(map(read_bound, v.bounds))
+    return Study(sides, make, tuple(v.seeds), budgets, v.target, about, bounds), v
 
 # %% ../nbs/launch.ipynb #9a751b11
 def compare(
@@ -1215,7 +1217,7 @@ def compare(
     study, v = read_study(argv)
     out = Path(v.out)
     claim(study, out)
-    said = {k: v[k] for k in ("task", "variants", "common", "seeds", *AXES, "target")}
+    said = {k: v[k] for k in ("task", "variants", "common", "seeds", *AXES, "target", "bounds")}
     write_atomically(out / "study.json", json.dumps(said, indent=1))
     line = f"neighbor-grpo compare --out {shlex.quote(str(out))}{plugin_options()}"
     again = f"go on with: {line}"
@@ -1234,13 +1236,13 @@ def search(
     from dataclasses import replace
 
     from neighbor_grpo.lab.compare import AXES
-    from neighbor_grpo.lab.search import Search, read_bound, run_search, space_for
+    from neighbor_grpo.lab.search import Search, run_search, space_for
     study, v = read_study(argv, search)
     out, searches = Path(v.out), []
     for side, line in zip(study.variants, v.variants):
         words = shlex.split(v.common) + shlex.split(split_name(line)[1])
         said = {w.partition("=")[0][2:].replace("-", "_") for w in words if w[:2] == "--"}
-        about = dict(bounds=tuple(map(read_bound, v.bounds)), figure=v.figure, trials=v.trials)
+        about = dict(figure=v.figure, trials=v.trials)
         about |= dict(apart=v.apart, patience=v.patience, sampler_seed=v.sampler_seed)
         space = space_for(side, v.space, said)
         searches.append(Search(replace(study, variants=(side,)), space, **about))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Values', 'Space', 'LR', 'WHERE', 'SCALE', 'TWICE', 'SPACES', 'Run', 'STARTUP', 'MAX_REFUSED', 'MACHINE', 'Range',
            'set_by', 'reuse', 'rows', 'settings_in', 'around', 'default_space', 'plain', 'read_space', 'space_for',
-           'Bound', 'read_bound', 'Search', 'changed', 'within', 'evaluations_of', 'run_once', 'held_out',
-           'need_optuna', 'as_choice', 'settings_from', 'nearest', 'Draws', 'trial_rows', 'importances', 'recipe',
-           'write_search', 'look_at_start', 'labor', 'claim', 'read_start', 'failures', 'work', 'run_search']
+           'Search', 'changed', 'within', 'evaluations_of', 'run_once', 'held_out', 'need_optuna', 'as_choice',
+           'settings_from', 'nearest', 'Draws', 'trial_rows', 'importances', 'recipe', 'write_search', 'look_at_start',
+           'labor', 'claim', 'read_start', 'failures', 'work', 'run_search']
 
 # %% ../../nbs/lab/search.ipynb #d72d6d89
 import json
@@ -35,7 +35,8 @@ from ..tables import markdown_table
 from ..runs.trainer import Trainer, run_config
 from ..penalties import forward_equivalents, penalties_of
 from ..training import TrainSettings
-from .compare import Study, Variant, cost, how_to_start, in_processes, write_csv
+from .compare import (Bound, Study, Variant, check_figures, cost, how_to_start,
+                                       in_processes, write_csv)
 
 # %% ../../nbs/lab/search.ipynb #7eda8e52
 @dataclass(frozen=True)
@@ -97,11 +98,13 @@ SPACES: dict[str, Space] = {
                 error_power=(0.25, 0.5, 1.0), weight_power=Range(0.0, 2.0)),
     "vgrpo": rows((4, 8, 12, 16), (1, 2, 4, 8), reuse(1e-3, 1e-2, 1e-1),
                   soft_clip=Range(1.0, 6.0), group_noise=(True, False)),
+    "dgpo": rows((4, 6, 8, 10), (1, 2, 4, 9), reuse(1e-3, 1e-2, 5e-2),
+                 beta=Range(10.0, 2000.0, log=True), frozen_reference=(True, False)),
+    "ram": rows((4, 6, 8, 10), (1, 2, 4, 8), TWICE, multiplier=Range(10.0, 1000.0, log=True),
+                time_power=Range(0.0, 2.0)),
+    "fdfo": rows((3, 4, 6, 8), (1, 2, 4, 8), TWICE, sigma=Range(0.1, 0.9), train_where=WHERE),
     "tmpo": rows((3, 4, 6, 8), (1, 2, 3, 5), TWICE, beta=Range(0.5, 8.0, log=True),
                  noise_level=Range(0.2, 1.0)),
-    "fdfo": rows((3, 4, 6, 8), (1, 2, 4, 8), TWICE, sigma=Range(0.1, 0.9),
-                 group_size=({"group_size": 2, "groups": 60}, {"group_size": 4, "groups": 30},
-                             {"group_size": 12, "groups": 10})),
 }
 
 # %% ../../nbs/lab/search.ipynb #3e5eb508
@@ -184,38 +187,15 @@ def space_for(
     return kept | read_space(lines)
 
 # %% ../../nbs/lab/search.ipynb #44fd8c2a
-@dataclass(frozen=True)
-class Bound:
-    "What must not be lost: a held-out figure on one side of a limit."
-    figure: str
-    at_most: bool
-    limit: float | None
-    "None: the figure before training."
-
-
-def read_bound(
-    text: str,  # `FIGURE >= LIMIT` or `FIGURE <= LIMIT`; the limit may be `start`
-) -> Bound:
-    "A bound as it is said."
-    words = text.replace("<=", " <= ").replace(">=", " >= ").split()
-    good = len(words) == 3 and words[1] in ("<=", ">=")
-    try: limit = None if words[-1] == "start" else float(words[-1])
-    except (ValueError, IndexError): good, limit = False, None
-    good = good and (limit is None or math.isfinite(limit))
-    require(good, "--bounds", text, "FIGURE <= LIMIT or FIGURE >= LIMIT; start is a limit")
-    return Bound(words[0], words[1] == "<=", limit)
-
-
 Run = dict[str, Any]  # `evals`, the first before training; `seconds`; `ended`, why too early
 
 @dataclass(frozen=True)
 class Search:
     "Which settings of a variant are searched, and for what."
     study: Study
-    "One variant; its task, seeds and target; a budget of evaluations for each run."
+    "One variant; its task, seeds, target and bounds; a budget of evaluations for each run."
     space: Space
     trials: int = 24
-    bounds: tuple[Bound, ...] = ()
     figure: str = ""
     "Held-out figure to make as high as possible at the budget; none: least cost to the target."
     apart: float = 1.1
@@ -253,24 +233,16 @@ class Search:
     def shortfall(self, figures: Mapping[str, Any],  # held-out, by name
                   start: Mapping[str, Any]) -> float:  # those before training
         "What is missing of target and bounds, each as a part of its limit."
-        bounds, total = list(self.bounds), 0.0
-        if not self.figure: bounds.append(Bound("reward", False, self.study.target))
-        for bound in bounds:
-            limit = start[bound.figure] if bound.limit is None else bound.limit
-            value = figures[bound.figure]
-            if value is None or not math.isfinite(value): return math.inf
-            missing = value - limit if bound.at_most else limit - value
-            total += max(0.0, missing) / (abs(limit) or 1.0)
-        return total
+        target = () if self.figure else (Bound("reward", False, self.study.target),)
+        return sum(b.missing(figures, start) for b in self.study.bounds + target)
 
     def check(self, start: Mapping[str, Any],  # about, and held-out figures before training
               nets: Path) -> None:  # where it was read
         "Refuse figures of another task, and bounds on figures that there are not."
         about = json.loads(json.dumps(self.study.about))
         require(start["about"] == about, "out", str(nets), f"a folder for {about}")
-        known = [name for name in start["figures"] if name not in ("iterations", "evaluations")]
-        for name in [bound.figure for bound in self.bounds] + [self.figure or "reward"]:
-            require(name in known, "a figure", name, f"one of {', '.join(known)}")
+        wanted = [bound.figure for bound in self.study.bounds] + [self.figure or "reward"]
+        check_figures(wanted, start["figures"])
 
     def read(self, run: Run) -> tuple[float, dict]:  # shortfall, the row of the run's evaluations
         "Where the target and the bounds first hold, or the run is nearest; or its end."
@@ -602,7 +574,7 @@ def claim(search: Search, out: Path) -> None:
     said = {name: value for name, value in vars(search).items() if name in kept}
     said |= dict(space={name: asdict(v) if isinstance(v, Range) else v
                         for name, v in search.space.items()},
-                 bounds=[asdict(bound) for bound in search.bounds])
+                 bounds=[asdict(bound) for bound in search.study.bounds])
     study, side = search.study, search.variant
     config = dict(search=said, seeds=study.seeds, budgets=study.budgets, target=study.target,
                   about=study.about, variant=run_config(side.algorithm, side.settings))
