@@ -74,6 +74,7 @@ SETTINGS = {
 _OWNERS = {
     "TrainSettings": ("micro_batch", "kl_weight", "hold_weight"),
     "ShapedAdvantages": ("advantage_power", "advantage_scale"),
+    "MaskedRatios": ("kl_threshold",),
     "Previews": ("scouts", "scout_steps"),
     "Replay": ("replay", "memory_size", "memory_age"),
 }
