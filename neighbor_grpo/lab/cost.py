@@ -93,11 +93,14 @@ MODELS = {
     "flux2-klein-4b": Model(FLUX2, Flux2Transformer2DModel, dict(
         num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680,
         guidance_embeds=False), dict(embeds=(512, 7680)), 128, 16),
-    "qwen-image": Model(QWEN, QwenImageTransformer2DModel, {}, dict(embeds=(512, 3584), mask=(512,))),
+    "qwen-image": Model(QWEN, QwenImageTransformer2DModel, {},
+                        dict(embeds=(512, 3584), mask=(512,))),
     "z-image": Model(ZIMAGE, ZImageTransformer2DModel, {}, dict(embeds=(512, 2560), mask=(512,))),
-    "sana-1.6b": Model(SANA, SanaTransformer2DModel, {}, dict(embeds=(300, 2304), mask=(300,)), 32, 32),
+    "sana-1.6b": Model(SANA, SanaTransformer2DModel, {},
+                       dict(embeds=(300, 2304), mask=(300,)), 32, 32),
     "wan-1.3b": Model(WAN, WanTransformer3DModel, dict(  # 17 frames
-        num_attention_heads=12, ffn_dim=8960, num_layers=30), dict(embeds=(512, 4096)), frames=(5,))}
+        num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        dict(embeds=(512, 4096)), frames=(5,))}
 
 # %% ../../nbs/lab/cost.ipynb #4a18c9c4
 def random_conditions(
@@ -105,7 +108,8 @@ def random_conditions(
     count: int,  # N
 ) -> dict[str, Tensor]:  # N rows each
     "What text encoders might have said."
-    whole = lambda name, *shape: torch.ones(shape, dtype=bool) if name == "mask" else torch.randn(shape)
+    whole = lambda name, *shape: (torch.ones(shape, dtype=bool) if name == "mask"
+                                  else torch.randn(shape))
     return {name: whole(name, count, *shape) for name, shape in model.told.items()}
 
 
