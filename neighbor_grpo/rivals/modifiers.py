@@ -175,8 +175,8 @@ class GuardedRatios(Modifier):
 # %% ../../nbs/rivals/modifiers.ipynb #1ffefd4a
 @dataclass(frozen=True)
 class MaskedRatios(Modifier):
-    """Flow-DPPO: no clip where a step's KL(new || old) is below `kl_threshold`; beyond, no
-    gradient that leads further away. `clip_range` is not used."""
+    """Flow-DPPO: no clip where the divergence from the old policy is below `kl_threshold`;
+    beyond, no gradient that leads further away. `clip_range` is not used."""
     kl_threshold: float = 1e-5
     """delta > 0, for divergences averaged over the dimensions; 1e-5 in the authors' code,
     with two updates on a rollout. With one, nothing is blocked."""
