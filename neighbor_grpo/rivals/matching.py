@@ -114,9 +114,9 @@ class DGPO(ForwardProcess):
     "T, solver steps of a rollout."
     least_time: float = 0.3
     "Trained times lie above this, before the shift; in [0, 1)."
-    beta: float = 100.0
-    """> 0, of the preference; theirs 100, 10 for PickScore, 2,000 to 5,000 where the
-    reference moves."""
+    beta: float = 10.0
+    """> 0, of the preference; theirs 10 for PickScore, 100 for GenEval and OCR, 2,000 to
+    5,000 where the reference moves."""
     frozen_reference: bool = True
     """Compare with the policy before training (the paper), or with the one that collects
     (their `use_ema_ref`)."""
