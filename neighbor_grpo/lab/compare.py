@@ -543,8 +543,9 @@ def in_processes(
                 else: heard(running[pipe].name, news)
         return failures
     finally:
-        for process in running.values(): process.kill()
-        for process in running.values(): process.join()
+        begun = [process for process in running.values() if process.pid]
+        for process in begun: process.kill()
+        for process in begun: process.join()
 
 # %% ../../nbs/lab/compare.ipynb #876a9207
 def claim(
