@@ -1187,7 +1187,8 @@ def read_study(
     parser = study_parser(command or compare)
     v = start_from_file(parser, read_file(path) if path else {}, f"--study {path}").parse_args(argv)
     lines = [config_line(v.task, said) for said in v.get("configs") or []]
-    v.variants = [*(v.variants or []), *lines]
+    there = v.variants or []  # those of study.json among them
+    v.variants = [*there, *(line for line in lines if line not in there)]
     each = "each [NAME:] ALGORITHM [--setting value ...]"
     needed = dict(out="a folder for the comparison",
                   variants="such as --variants neighbor 'wide: neighbor --sigma 0.5', "

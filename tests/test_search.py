@@ -219,3 +219,14 @@ def test_an_algorithm_that_nobody_knows_has_a_space_of_its_own_settings():
     assert [*space] == ["lr", "updates", "steps", "trained_steps", "strength", "mode"]
     assert space["strength"] == Range(0.5, 8.0, log=True) and space["mode"] == ("one", "two")
     assert space["steps"] == (5, 10, 20)
+
+
+def test_the_same_words_compare_recipes_again(tmp_path):
+    (tmp_path / "best.yaml").write_text("{task: toy, algorithm: dance, lr: 0.002, iterations: 9, seed: 3}")
+    words = ["toy", "--seeds", "7", "--evaluations", "1e4", "--out", str(tmp_path), "--configs"]
+    for _ in range(2):  # the second time, study.json has the variant already
+        study, values = read_study([*words, f"{tmp_path}/best.yaml", f"other: {tmp_path}/best.yaml"])
+        assert [side.name for side in study.variants] == [tmp_path.name, "other"]
+        assert {side.settings.lr for side in study.variants} == {0.002}
+        said = {name: values[name] for name in ("task", "variants", "seeds", "evaluations", "bounds")}
+        (tmp_path / "study.json").write_text(json.dumps(said))
