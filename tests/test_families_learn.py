@@ -34,8 +34,8 @@ ALGORITHMS = {
     "nft": DiffusionNFT(**SMALL),
     "flow": FlowGRPO(**SMALL),
 }
-# The rate whose least gain over the algorithms is largest on seed 3, which is not tested: of 0.003, 0.01 and 0.03, of 0.1
-# where 0.03 is better than 0.01, and of 0.001 and 0.0003 where 0.003 is better than 0.01.
+# The rate whose least gain over the algorithms is largest on seed 3, which is not tested: of 0.003, 0.01 and 0.03, of
+# 0.1 where 0.03 is better than 0.01, and of 0.001 and 0.0003 where 0.003 is better than 0.01.
 RATES = dict(sd3=0.1, flux=0.01, flux2=0.1, qwen=0.001, zimage=0.01, sana=0.01, wan=0.001)
 IMAGES = 64  # of an evaluation: a gain of Qwen's is 0.005 kB, and the spread of single images' gains 0.008
 WORDS = [f"a {color} {animal}" for color in ("red", "blue") for animal in ("cat", "dog", "bird", "fish")]
