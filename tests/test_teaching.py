@@ -24,8 +24,13 @@ def cells():
 
 def commands(start):
     "The words of the printed commands that start so."
-    calls = [node for source in cells() if "shell(" in source and "def shell" not in source
-             for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    calls = [
+        node
+        for source in cells()
+        if "shell(" in source and "def shell" not in source
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+    ]
     lines = [ast.literal_eval(call.args[0]) for call in calls if call.func.id == "shell"]
     return [shlex.split(line)[1:] for line in lines if line.startswith(start)]
 
