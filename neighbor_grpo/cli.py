@@ -1106,7 +1106,6 @@ def search_options(parser: Parser) -> None:
     add = parser.add_argument
     add("--space", nargs="+", type=str, default=[],
         help="Rows for the default space: each 'NAME: LOW to HIGH [log]' or 'NAME: [CHOICE, ...]'.")
-
     add("--figure", type=str, default="",
         help="Search the highest of this at the budget, not the least cost to the target.")
     add("--trials", type=int, default=24, help="Of each variant.")

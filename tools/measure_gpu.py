@@ -1,4 +1,4 @@
-r"""Measure a GPU with random weights, in ten minutes: one table, with JSON beside it.
+r"""Measure a GPU with random weights, in nine minutes: one table, with JSON beside it.
 
     python tools/measure_gpu.py --out nbs/results/gpu
 
