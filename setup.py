@@ -61,7 +61,7 @@ setup(
     classifiers=classifiers(settings),
     # An explicit pattern: tests/ and tools/ must never be installed into someone's site-packages.
     packages=find_packages(include=[settings["lib_name"], settings["lib_name"] + ".*"]),
-    package_data={settings["lib_name"]: ["pretrained/**", "prompts/*", "recipes/*"]},
+    package_data={settings["lib_name"]: ["pretrained/**", "prompts/*", "recipes/*", "texts/*"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=read_extras(settings),

@@ -13,6 +13,8 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from importlib.resources import files
+from string import Template
 from typing import TypeVar
 
 import matplotlib.pyplot as plt
@@ -44,47 +46,7 @@ def use_style() -> None:
     set_matplotlib_formats("retina")
 
 # %% ../nbs/figures.ipynb #d7af6bf6
-PLAYER = """
-<figure class="flipbook" id="{identity}" style="margin:0">
-<img src="{first}" alt="{alt}" width="{width}" height="{height}"
- style="display:block;max-width:100%;height:auto;background:#fff">
-<div class="flipbook-controls" hidden
- style="align-items:center;gap:.8em;padding:.4em 0">{button}
-<input type="range" min="0" max="{last}" value="{start}" aria-label="{label}"
- aria-valuetext="{text}" style="flex:1 1 14em;max-width:28em">
-<output aria-live="off" style="flex:2 1 12em">{text}</output></div>
-<script>(() => {{
-  const figure = document.getElementById("{identity}"), frames = {frames};
-  const find = selector => figure.querySelector(selector);
-  const image = find("img"), slider = find("input");
-  const output = find("output"), button = find("button"), bar = find(".flipbook-controls");
-  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  const pause = calm ? Math.max(1500, {pause}) : {pause};
-  frames[{start}].image = image.src;
-  const loaded = frames.map(frame => Object.assign(new Image(), {{src: frame.image}}));
-  let timer = null;
-  const show = k => {{
-    slider.value = k; image.src = loaded[k].src; image.alt = frames[k].alt;
-    output.textContent = frames[k].text;
-    slider.setAttribute("aria-valuetext", frames[k].text);
-  }};
-  const atEnd = () => +slider.value === frames.length - 1;
-  const stop = () => {{
-    clearInterval(timer); timer = null;
-    if (button) button.textContent = "▶ Play";
-  }};
-  const next = () => {{ show(+slider.value + 1); if (atEnd()) stop(); }};
-  slider.addEventListener("input", () => {{ stop(); show(+slider.value); }});
-  if (button) button.addEventListener("click", () => {{
-    if (timer) return stop();
-    if (atEnd()) show(0);
-    button.textContent = "⏸ Pause";
-    timer = setInterval(next, pause);
-  }});
-  bar.hidden = false;
-  bar.style.display = "flex";
-}})();</script>
-</figure>"""
+PLAYER = Template((files("neighbor_grpo") / "texts" / "flipbook.html").read_text("utf-8"))
 
 # %% ../nbs/figures.ipynb #3bf48830
 def frame(
@@ -136,7 +98,7 @@ def flipbook(
     stored = [one | {"image": ""} if one is first else one for one in frames]
     button = '\n<button type="button">▶ Play</button>' if play else ""
     safe = {"alt": first["alt"], "label": name or "frame", "text": first["text"]}
-    return HTML(PLAYER.format(
+    return HTML(PLAYER.substitute(
         identity=f"flipbook-{word}-{next(NUMBERS)}", first=first["image"], start=start,
         last=len(frames) - 1, width=width, height=height, button=button, pause=pause,
         frames=json.dumps(stored).replace("<", "\\u003c"),

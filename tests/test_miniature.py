@@ -413,7 +413,7 @@ def test_wilsons_interval_holds_what_does_not_surprise(case):
     assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 and high - low > 0
     for end in (low, high):
         if 1e-9 < end < 1 - 1e-9:
-            assert abs(share - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / n), rel=1e-6)
+            assert abs(share - end) == pytest.approx(1.959963985 * math.sqrt(end * (1 - end) / n), rel=1e-6)
 
 
 # --- the packaged pipeline ---

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -181,19 +182,7 @@ def figures_of(
     return as_rows(header, rows)
 
 # %% ../../nbs/lab/report.ipynb #f65655f4
-STYLE = """
-:root { color-scheme: light dark; --line: #8888; --warn: #9a3b00; --ink: #111; --paper: #fff; }
-@media (prefers-color-scheme: dark) { :root { --warn: #ffb27a; --ink: #eee; --paper: #121212; } }
-body { color: var(--ink); background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 60rem; margin: 0 auto; padding: 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: left; }
-td { white-space: nowrap; } th[scope=col] { vertical-align: bottom; }
-svg { width: 100%; min-width: 40rem; height: auto; }
-section > img { max-width: 100%; height: auto; }
-.pixels { image-rendering: pixelated; } .warning { color: var(--warn); font-weight: 600; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-"""
+STYLE = (files("neighbor_grpo") / "texts" / "report.css").read_text("utf-8")
 
 
 def warned(

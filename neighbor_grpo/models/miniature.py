@@ -20,11 +20,13 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
@@ -46,6 +48,7 @@ from ..solvers import solve
 from ..rewards.signs import signs_of, velocity_norm
 from ..runs.pictures import Seen, View, draw_panels, image_grid
 from ..runs.state import Snapshot
+from ..tables import markdown_table
 
 # %% ../../nbs/models/miniature.ipynb #e1abb225
 with quiet():  # without hints to install torchvision, which would break things
@@ -88,15 +91,13 @@ def clip_vocabulary(
     return vocabulary, merges
 
 # %% ../../nbs/models/miniature.ipynb #9a40a207
-def make_tokenizers(
-    length: int = LENGTH,  # tokens to which a caption is padded
-) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    "One token a word, for CLIP's kind of text encoder and for T5's."
+def make_tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
+    "One token a word, for CLIP's kind of text encoder and for T5's; captions have `LENGTH`."
     vocabulary, merges = clip_vocabulary(words())
-    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length,
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH,
                          pad_token="<|endoftext|>")
     pieces = ["<pad>", "</s>", "<unk>", *("▁" + word for word in words())]
-    t5 = T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=length)
+    t5 = T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=LENGTH)
     for word in words():
         require(len(clip(word).input_ids) == 3 and len(t5(word).input_ids) == 2, "word", word,
                 "one token")
@@ -171,15 +172,8 @@ class PretrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in (
-            "scenes",
-            "vae_steps",
-            "decoder_steps",
-            "steps",
-            "guidance_steps",
-            "watch_every",
-            "watch_images",
-        ):
+        steps = ("vae_steps", "decoder_steps", "steps", "guidance_steps")
+        for name in ("scenes", *steps, "watch_every", "watch_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         require(self.lr > 0, "lr", self.lr, "> 0")
         require(self.guidance >= 1, "guidance", self.guidance, ">= 1")
@@ -192,10 +186,8 @@ def pretraining_captions(
 ) -> list[Caption]:
     """A quarter singles, a quarter counts, half relations; never one of the captions that are to
     stay unseen."""
-    pools = [
-        all_captions("single"),
-        *(split["train"] + split["held"] for split in map(split_captions, ("count", "relation"))),
-    ]
+    splits = map(split_captions, ("count", "relation"))
+    pools = [all_captions("single"), *(split["train"] + split["held"] for split in splits)]
     kinds = torch.tensor([0, 1, 2, 2])[torch.randint(4, (count,), generator=generator)].tolist()
     return [pools[kind][int(torch.randint(len(pools[kind]), (), generator=generator))]
             for kind in kinds]
@@ -258,9 +250,8 @@ def encode_scenes(
     images: Tensor,  # (N, 3, 32, 32) uint8
 ) -> Tensor:  # (N, 8, 8, 8), mean 0 and variance 1 over all
     "Latents of all scenes, with the scale that makes them standard."
-    latents = torch.cat(
-        [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(500)]
-    )
+    parts = [part.float() / 127.5 - 1 for part in images.split(500)]
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in parts])
     vae.register_to_config(shift_factor=latents.mean().item(),
                            scaling_factor=1 / latents.std().item())
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -295,9 +286,8 @@ def scene_loss(
     x, target = interpolate(x0, noise, t), velocity_target(x0, noise)
     if teacher:
         with torch.no_grad():
-            target = torch.lerp(
-                *(scene_velocity(teacher, x, t, asked) for asked in ([""] * 64, texts)), scale
-            )
+            plain, told = (scene_velocity(teacher, x, t, asked) for asked in ([""] * 64, texts))
+        target = torch.lerp(plain, told, scale)
     return (scene_velocity(pipeline, x, t, texts) - target).square().mean()
 
 # %% ../../nbs/models/miniature.ipynb #08ae149f
@@ -337,9 +327,8 @@ def train_transformer(
     parts = dict(networks=networks, average=average, optimizer=optimizer, schedule=schedule,
                  losses=losses)
     start = snapshot.restore(**parts) if snapshot else 0
-    for step in (
-        bar := trange(start + 1, steps + 1, desc="transformer", disable=not progress, mininterval=2)
-    ):
+    bar = trange(start + 1, steps + 1, desc="transformer", disable=not progress, mininterval=2)
+    for step in bar:
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
@@ -419,81 +408,11 @@ def wilson(
     count: int,  # of trials, >= 1
 ) -> tuple[float, float]:  # in [0, 1]
     "Wilson's 95 % interval for a probability."
-    z = 1.96
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, (middle - half) / (1 + z * z / count)), min(
-        1.0, (middle + half) / (1 + z * z / count)
-    )
+    interval = binomtest(round(share * count), count).proportion_ci(0.95, "wilson")
+    return interval.low, interval.high
 
 # %% ../../nbs/models/miniature.ipynb #313997a9
-CARD = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-# Scenes: a Stable Diffusion 3 pipeline of 3.5 million parameters
-
-It draws 32x32 pixels for captions such as *three green triangles* or *a red circle left
-of a blue square*. All of it is diffusers' and transformers' own classes, only small. It
-exists to be trained further: it is the base of the scenes task of
-[neighbor_grpo](https://github.com/neighbor-grpo/neighbor_grpo), whose reward checks an
-image against its caption.
-
-## Use
-
-```python
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained("FOLDER").to(torch.float32)
-asked = dict(height=32, width=32, guidance_scale=1, max_sequence_length=10)
-pipeline("three green triangles", **asked).images[0]
-```
-
-A caption has at most eight words, of these:
-{words}.
-Guidance is built in: a further guidance scale of 4.5, as for photographs, ruins it.
-
-## Data
-
-{scenes:,} scenes drawn by a program: flat circles, squares and triangles of six colours
-on a dark ground, with the caption that each was drawn for. A quarter shows one shape, a
-quarter two to four alike, half two shapes in a relation. A sixth of the captions of
-counts and of relations was left out. No other data, and nobody's pictures.
-
-## Recipe
-
-`neighbor-grpo pretrain --out FOLDER`, each run going on from the one before (`--source`), with
-
-{settings}
-
-The autoencoder first (squared and absolute error, a little pull of the latents to a
-normal distribution), then its decoder alone, then the transformer together with the
-text encoders (flow matching, AdamW, averaged weights). In the end they are taught their
-own classifier-free guidance, so that none is needed. Stored in half precision.
-`log.jsonl` has the figures on the way.
-
-## Accuracy
-
-The share of {images} images that hold what the caption says and nothing else, by the
-verifier of neighbor_grpo: 8 solver steps, no guidance, weights before they were rounded
-to half precision. Of scenes that only went through the autoencoder and back it accepts
-{verified:.0%}.
-
-{accuracies}
-
-## What it cannot do
-
-Anything else. It counts and places unreliably, on purpose, because learning from
-rewards needs room. Other words and styles, larger numbers, more than two kinds of
-shapes and other sizes of the image are beyond it.
-
-## Licence
-
-Apache-2.0, as the code that made it.
-"""
+CARD = (files("neighbor_grpo") / "texts" / "scenes-card.md").read_text("utf-8")
 KINDS = {"single": "one shape", "count": "two to four alike",
          "count_unseen": "the same, captions never seen", "relation": "two in a relation",
          "relation_unseen": "the same, captions never seen"}
@@ -503,29 +422,22 @@ def runs_table(
     runs: list[dict],  # settings of each run
 ) -> str:  # Markdown
     "The settings of runs beside each other."
-    lines = [f"| setting |{'|'.join(f' run {i} ' for i in range(1, len(runs) + 1))}|",
-             "|---" * (len(runs) + 1) + "|"]
-    for name in runs[0]:
-        lines.append(f"| {name} | {' | '.join(str(run[name]) for run in runs)} |")
-    return "\n".join(lines)
+    header = ["setting", *(f"run {number}" for number in range(1, len(runs) + 1))]
+    return markdown_table(header, [[name, *(str(run[name]) for run in runs)] for name in runs[0]])
 
 
 def model_card(
     rows: list[dict],  # of the log
 ) -> str:  # Markdown
     "What the folder holds, how it was made, how good it is and what it is not good for."
-    runs, (vae, *_), last = (
-        [row["settings"] for row in rows if "settings" in row],
-        [row for row in rows if "decibel" in row],
-        rows[-1],
-    )
-    table = ["| captions | accuracy | 95 % interval |", "|---|---|---|"]
-    for name, title in KINDS.items():
-        low, high = wilson(last[name], runs[-1]["watch_images"])
-        table.append(f"| {title} | {last[name]:.2f} | {low:.2f} to {high:.2f} |")
+    runs, last = [row["settings"] for row in rows if "settings" in row], rows[-1]
+    vae, images = next(row for row in rows if "decibel" in row), runs[-1]["watch_images"]
+    table = [[title, f"{last[name]:.2f}", "{:.2f} to {:.2f}".format(*wilson(last[name], images))]
+             for name, title in KINDS.items()]
+    shares = markdown_table(["captions", "accuracy", "95 % interval"], table)
     return CARD.format(scenes=sum(run["scenes"] for run in runs), settings=runs_table(runs),
-                       images=runs[-1]["watch_images"], verified=vae["verified"],
-                       accuracies="\n".join(table), words=textwrap.fill(", ".join(words()), 87))
+                       images=images, verified=vae["verified"], accuracies=shares,
+                       words=textwrap.fill(", ".join(words()), 87))
 
 # %% ../../nbs/models/miniature.ipynb #e02a9fd8
 PROGRESS = ".progress"  # of a pretraining, in its folder, until it is complete
@@ -603,12 +515,11 @@ def make_miniature(
     progress: bool,  # show progress bars
 ) -> None:
     "Autoencoder, then transformer with text encoders; in half precision, with log and model card."
-    pipeline = (
-        open_pipeline(SD3, settings.source) if settings.source else make_pipeline(settings.seed)
-    )
-    earlier = read_rows(Path(settings.source) / "log.jsonl") if settings.source else []
+    source = settings.source
+    pipeline = open_pipeline(SD3, source) if source else make_pipeline(settings.seed)
+    earlier = read_rows(Path(source) / "log.jsonl") if source else []
     log = open_log(folder / "log.jsonl", earlier)
-    log(settings=vars(settings) | dict(source=Path(settings.source).name))
+    log(settings=vars(settings) | dict(source=Path(source).name))
     images, captions = draw_scenes(settings.scenes, seeded(settings.seed, 0))
     latents = pretrain_vae(pipeline, images, captions, settings, folder / PROGRESS, log, progress)
 
@@ -618,10 +529,8 @@ def make_miniature(
 
     texts, teacher = [str(caption) for caption in captions], None
     done = max([row.get("step", 0) for row in earlier], default=0)
-    for stage, steps, lr in (
-        ("flow", settings.steps, settings.lr),
-        ("guidance", settings.guidance_steps, 5e-4),
-    ):
+    stages = ("flow", settings.steps, settings.lr), ("guidance", settings.guidance_steps, 5e-4)
+    for stage, steps, lr in stages:
         draws = seeded(settings.seed, 2 + (stage == "guidance"))
         loss_of = partial(scene_loss, pipeline, latents, texts, draws, teacher, settings.guidance)
         train_transformer(networks_of(pipeline), loss_of, steps, lr, partial(watch, stage, done),
@@ -784,7 +693,5 @@ def within(
     groups = [[i for i, c in enumerate(captions) if c == caption]
               for caption in dict.fromkeys(captions)]
     groups = [group for group in groups if len(group) > 1] or [list(range(len(captions)))]
-    spread = lambda x: torch.stack(
-        [torch.pdist(x[group].flatten(1)).mean() for group in groups]
-    ).mean()
-    return (spread(images) / spread(rendered)).item()
+    apart = lambda x: torch.stack([torch.pdist(x[group].flatten(1)).mean() for group in groups])
+    return (apart(images).mean() / apart(rendered).mean()).item()
