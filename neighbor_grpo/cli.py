@@ -617,12 +617,12 @@ def given_back(
     out: Path,  # run folder
     new: bool,  # it is this command's: nobody had it before
 ) -> Iterator[None]:
-    "Remove a new folder if what follows fails before anything but the claim is in it."
+    "Remove a new folder if what follows fails before anything but claim and marks is in it."
     try: yield
     except Exception:
         if new and world()[0] == 0 and out.is_dir():
-            left = {path.name for path in out.iterdir()}
-            if left <= {"config.json", ".lock"}: shutil.rmtree(out, ignore_errors=True)
+            left = {path.name for path in out.iterdir()} - {"config.json", "inputs.json", ".lock"}
+            if not left: shutil.rmtree(out, ignore_errors=True)
         raise
 
 

@@ -218,7 +218,7 @@ def check_run(task: Task, algorithm: Algorithm, settings: TrainSettings) -> None
     allowed = f"an integer >= 0, a multiple of {parts}, the states that are judged together"
     require(s.micro_batch % parts == 0, "micro_batch", s.micro_batch, allowed)
     can_hold = len(algorithm.untrained) > 0
-    allowed = "0 unless only the first or last steps are trained"
+    allowed = "0 unless only the first or last steps are trained, not all of them"
     require(can_hold or s.hold_weight == 0, "hold_weight", s.hold_weight, allowed)
     trained = any(p.requires_grad for p in task.policy.parameters())
     allowed = "a module whose weights require a gradient"

@@ -19,8 +19,8 @@ from ..flow import Generators, Velocity, require, time_grid
 from ..grpo import combine_rewards, group_advantages, surrogate
 from ..neighbors import neighbor_noise
 from ..rollouts import (Reward, Rollout, Standardize, StepAlgorithm, States,
-                                    Surrogate, check_settings, choose_steps, everyone,
-                                    for_each, untrained_steps)
+                                    Surrogate, check_settings, check_types,
+                                    choose_steps, everyone, for_each, untrained_steps)
 from .sde import cps, dance_sde, flow_sde, gaussian_log_prob, solve_sde
 
 # %% ../../nbs/rivals/gaussian.ipynb #e9bfc457
@@ -55,7 +55,10 @@ class SDEGRPO(StepAlgorithm):
     "Standardized advantages are clipped to plus and minus this."
 
     def __post_init__(self):
-        check_settings(self, *self.trainable)
+        check_types(self)
+        least, most = self.trainable
+        require(most > 0, "steps", self.steps, "an integer >= 2: the last step is not trained")
+        check_settings(self, least, most)
         require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
         require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "> 0")
         cps_step = self.sampler == "cps"

@@ -223,11 +223,8 @@ class TempFlowGRPO(SDEGRPO):
         """Each branch with its own advantage, so divided that a group counts as much as G
         states would on average."""
         log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
-        old = (
-            log_prob.detach()
-            if on_policy
-            else self.log_prob(rollout, states, states.select(rollout.v))
-        )
+        v_old = states.select(rollout.v)
+        old = log_prob.detach() if on_policy else self.log_prob(rollout, states, v_old)
         std, weight = self.response(rollout.ts)[1], 1.0
         noise = states.select_step(std / std.mean(0))
         if self.weigh_noise: weight = per_state(noise, log_prob)
