@@ -7,7 +7,8 @@ from dataclasses import fields
 import pytest
 
 import record_bits
-from neighbor_grpo.cli import read_command
+from neighbor_grpo.cli import brought_along, read_command
+from neighbor_grpo.penalties import PENALTIES
 
 
 def test_the_tool_repeats_itself_and_notices_a_learning_rate(tmp_path, capsys):
@@ -52,6 +53,41 @@ def test_what_is_tried_together_is_allowed():
     for name, lines in record_bits.TOGETHER.items():
         for line in lines:
             read_command(f"{record_bits.TOY} --algorithm {name} {line}".split())
+
+
+def test_the_record_holds_the_catalogue():
+    "Algorithms on toy, digits and scenes, modifiers and penalties, not refused: `python tools/record_bits.py --add`."
+    record, cases = record_bits.read(record_bits.RECORD)
+    held = {"modifiers": set(), "penalties": set()}
+    for name, words in cases.items():
+        if "refused" in record["cases"][name]:
+            continue
+        first, *options = " ".join(words).split(" --")
+        said = dict(option.split(" ", 1) for option in options)
+        algorithm = said.get("algorithm", "neighbor")
+        held.setdefault(first.split()[0], set()).add(algorithm)
+        held["modifiers"] |= {*said.get("with", "").split(), *brought_along(algorithm)}
+        held["penalties"] |= PENALTIES.keys() & said.keys()
+    wanted = {"modifiers": record_bits.MODIFIERS, "penalties": PENALTIES}
+    wanted |= dict.fromkeys(("toy", "digits", "scenes"), record_bits.ALGORITHMS)
+    missing = {kind: sorted(names.keys() - held[kind]) for kind, names in wanted.items()}
+    assert not any(missing.values()), missing
+
+
+def test_what_is_added_leaves_the_rest_as_it_is(tmp_path, capsys):
+    "Even a case that is said in older words, or differs by now; nothing is added to another machine's record."
+    path, add = tmp_path / "bits.json", ["--add", "--only", "^toy (neighbor|flow --updates 2 --with guard)$"]
+    old = {"toy flow --guard true": dict(arguments=f"{record_bits.TOY} --algorithm flow --updates 2 --guard true")}
+    path.write_text(json.dumps({"made": record_bits.maker(), "cases": old}))
+    assert record_bits.main([*add, "--record", str(path)]) == 0
+    cases = json.loads(path.read_text())["cases"]
+    assert list(cases) == ["toy flow --guard true", "toy neighbor"] and old.items() <= cases.items()
+    assert "rewards" in cases["toy neighbor"]
+
+    path.write_text(json.dumps({"made": {}, "cases": {}}))
+    with pytest.raises(SystemExit):
+        record_bits.main([*add, "--record", str(path)])
+    assert "write the whole record anew" in capsys.readouterr().err
 
 
 def result(**changed):
@@ -100,9 +136,9 @@ def test_a_number_comes_back_to_the_bit():
     ],
 )
 def test_the_words_of_an_older_record_are_said_as_today(words, now, tmp_path):
-    "Only where the record does not say that its words are of today."
+    "Only where neither the record nor the case says that its words are of today."
     assert record_bits.today(words.split()) == now.split()
-    for mark, expected in (({}, now), ({"words": "modifiers"}, words)):
-        path = tmp_path / "bits.json"
-        path.write_text(json.dumps({"made": {}, **mark, "cases": {"a case": {"arguments": words}}}))
+    mark, path = {"words": "modifiers"}, tmp_path / "bits.json"
+    for whole, one, expected in (({}, {}, now), (mark, {}, words), ({}, mark, words)):
+        path.write_text(json.dumps({"made": {}, **whole, "cases": {"a case": {"arguments": words, **one}}}))
         assert record_bits.read(path)[1] == {"a case": expected.split()}

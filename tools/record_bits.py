@@ -1,8 +1,9 @@
 """What the library computes, to the bit: every algorithm, every option of it, on small tasks.
 
 `python tools/record_bits.py` writes the record, `tests/bits.json`. `--check` runs what the record holds and says what
-differs. Bits are the same only on one processor with one version of PyTorch, so this is no test: make the record,
-change the code, check it on the same machine. Everything goes through the command line, in one process.
+differs. `--add` runs what the record does not hold yet and leaves the rest as it is. Bits are the same only on one
+processor with one version of PyTorch, so this is no test: make the record, change the code, check it on the same
+machine. Everything goes through the command line, in one process.
 """
 
 import argparse
@@ -84,6 +85,8 @@ BESIDE = {
     "window_moves": "--window_every 1",
     "window_stride": "--window_every 1",
 }
+# Modifiers that refuse a second update.
+ONCE = {"lean"}
 # Options that act on one another, by algorithm.
 TOGETHER = {
     "neighbor": (
@@ -110,6 +113,11 @@ TOGETHER = {
     "nft": ("--group_noise true --kl_weight 0.1 --ema 0.5 --collector average",),
     "vgrpo": ("--one_ratio false --micro_batch 8", "--group_noise false --method heun"),
     "tmpo": ("--match cross --standardise false", "--match cross --beta 15"),
+    "awm": ("--group_noise true --kl_weight 0.1 --ema 0.5 --collector average",),
+    "dgpo": ("--micro_batch 24", "--frozen_reference false --kl_weight 0.1"),
+    "ram": ("--kl_weight 0.1 --micro_batch 8",),
+    "fdfo": ("--hold_weight 0.1 --train_where first --trained_steps 4", "--with previews slas --scouts 8"),
+    "dppo": ("--with chunks mask --chunk 3", "--norm_weight 0.1 --kl_weight 0.1 --micro_batch 12"),
 }
 # The loop's own, for every algorithm.
 LOOP = (
@@ -117,6 +125,7 @@ LOOP = (
     "--updates 2 --kl_weight 0.1",
     "--updates 2 --hold_weight 0.1",
     "--updates 2 --hold_weight 0.1 --train_where first",
+    "--updates 2 --norm_weight 0.1",
     "--updates 2 --micro_batch 12",
     "--updates 2 --micro_batch 30",
     "--ema 0.5",
@@ -131,9 +140,9 @@ SEVERAL = "--rewards compressibility,0.5*compressibility"
 HELD = "--train_where first --trained_steps 4 --hold_weight 0.03"  # as the scenes have it for Neighbor GRPO
 IMAGES = (
     f"{DIGITS} --reward ink",
-    f"{SCENES} --algorithm neighbor",
+    *(f"{SCENES} --algorithm {name}" for name in ALGORITHMS),
     f"{SCENES} --algorithm neighbor --hold_weight 0",
-    *(f"{SCENES} --algorithm {name}{held}" for name in ("flow", "dance") for held in ("", f" {HELD}")),
+    *(f"{SCENES} --algorithm {name} {HELD}" for name in ("flow", "dance")),
     f"{LARGE} --updates 2",
     f"{LARGE} --updates 2 --precision float32",
     f"{LARGE} --updates 2 --lora_rank 0 --lora_alpha 0",
@@ -142,7 +151,7 @@ IMAGES = (
     f"{LARGE} {SEVERAL} --algorithm flow",
 )
 
-# How the words of a record without a mark are said today: it was made when these settings were the algorithms' own.
+# How the words of a case without a mark are said today: it was made when these settings were the algorithms' own.
 MODIFIER = {
     "advantage_power": "slas",
     "advantage_scale": "slas",
@@ -198,7 +207,8 @@ def command_lines():
         yield from (toy, f"{DIGITS} --algorithm {name}", *(f"{toy} {words}" for words in LOOP))
         for setting, value in values(algorithm):
             yield f"{toy} --updates 2 --{setting} {value}{beside(setting, algorithm)}"
-        yield from (f"{toy} --updates 2 {words}" for words in modified(name, algorithm))
+        for words in modified(name, algorithm):
+            yield f"{toy} {words}" if ONCE & set(words.split()) else f"{toy} --updates 2 {words}"
         yield from (f"{toy} --updates 2 {words}" for words in TOGETHER.get(name, ()))
     yield from IMAGES
 
@@ -296,7 +306,7 @@ def read_folder(folder):
 
 
 def run_case(arguments, networks):
-    "Train as the arguments say, and read what is left; `refused` if they are not allowed."
+    "Train as the arguments say, and read what is left; `refused` if they are not allowed, at once or on the way."
     with tempfile.TemporaryDirectory() as parent, contextlib.redirect_stdout(io.StringIO()):
         folder, said = Path(parent) / "run", io.StringIO()
         if networks.is_dir():
@@ -304,7 +314,7 @@ def run_case(arguments, networks):
         torch.manual_seed(0)
         with contextlib.redirect_stderr(said):
             status = neighbor_grpo(["train", *arguments, "--quiet", "--out", str(folder)])
-        if status and not (folder / "metrics.jsonl").exists():
+        if status and (not (folder / "metrics.jsonl").exists() or " must be " in said.getvalue()):
             return dict(refused=said.getvalue().strip())
         if status:
             raise RuntimeError(f"{' '.join(arguments)}: {said.getvalue().strip()}")
@@ -369,20 +379,29 @@ def maker():
     return dict(processor=processor, torch=torch.__version__, python=platform.python_version(), threads=1)
 
 
-def write(path, cases, results):
-    "One line a case."
-    said = {name: dict(arguments=" ".join(words), **results[name]) for name, words in cases.items()}
+def write(path, cases, results, older=None):
+    "One line a case, those of an older record first, as they are."
+    said = {name: dict(arguments=" ".join(words), words="modifiers", **results[name]) for name, words in cases.items()}
+    said = (older["cases"] if older else {}) | said
     lines = (f"{json.dumps(name)}: {json.dumps(case, separators=(',', ':'))}" for name, case in said.items())
     body = ",\n".join(lines)
-    head = f'"made": {json.dumps(maker())},\n"words": "modifiers"'
-    path.write_text(f'{{{head},\n"cases": {{\n{body}\n}}}}\n', encoding="utf-8")
+    path.write_text(f'{{"made": {json.dumps(maker())},\n"cases": {{\n{body}\n}}}}\n', encoding="utf-8")
 
 
 def read(path):
-    "A record, with its cases said as today."
+    "A record, with its cases said as today; a mark says that a case, or a whole record, is said so already."
     record = json.loads(path.read_text(encoding="utf-8"))
+    marked = {name: "words" in record | case for name, case in record["cases"].items()}
     cases = {name: case["arguments"].split() for name, case in record["cases"].items()}
-    return record, cases if "words" in record else {name: today(words) for name, words in cases.items()}
+    return record, {name: words if marked[name] else today(words) for name, words in cases.items()}
+
+
+def unrecorded(held):
+    "The cases of today that are not held, under the same name or as the same words in another order."
+    options = {frozenset(" ".join(words).split(" --")) for words in held.values()}
+    cases = {name_of(line): line.split() for line in command_lines()}
+    new = {name for name, words in cases.items() if frozenset(" ".join(words).split(" --")) not in options}
+    return {name: words for name, words in cases.items() if name in new - held.keys()}
 
 
 def check(record, cases):
@@ -402,16 +421,20 @@ def check(record, cases):
 def main(argv=None):
     "Write the record, or check it; the exit status."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the record, instead of writing it")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="compare with the record, instead of writing it")
+    mode.add_argument("--add", action="store_true", help="write only what the record does not hold")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name has a match")
     parser.add_argument("--record", type=Path, default=RECORD, help="another file")
     options = parser.parse_args(argv)
-    record, cases = read(options.record) if options.check else (None, {})
-    if record is None:
-        cases = {name_of(line): line.split() for line in command_lines()}
+    record, cases = read(options.record) if options.check or options.add else (None, {})
+    if options.add and record["made"] != maker():
+        parser.error(f"the record is of {record['made']}, this is {maker()}: write the whole record anew")
+    if not options.check:
+        cases = unrecorded(cases)
     cases = {name: words for name, words in cases.items() if re.search(options.only, name)}
-    if record is None:
-        write(options.record, cases, run_cases(cases))
+    if not options.check:
+        write(options.record, cases, run_cases(cases), record)
         return 0
     return int(check(record, cases) > 0)
 
