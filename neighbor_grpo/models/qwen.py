@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..runs.machine import quiet
-from .flux import pack_latents, unpack_latents
-from .pipeline import Family, check_size, shift_of_size
+from .flux import FluxFamily, pack_latents, unpack_latents
+from .pipeline import Family
 
 # %% ../../nbs/models/qwen.ipynb #059987c0
 with quiet(): from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
@@ -51,18 +51,8 @@ class QwenFamily(Family):
         "A space, as its authors have it."
         return self.encode(pipeline, [" "], max_sequence_length)
 
-    def latent_shape(self, pipeline: QwenImagePipeline,
-                     height: int, width: int) -> tuple[int, int, int]:
-        "Before they are packed; both sides are even."
-        scale = pipeline.vae_scale_factor
-        check_size(height, width, 2 * scale)
-        return pipeline.transformer.config.in_channels // 4, height // scale, width // scale
-
-    def shift(self, pipeline: QwenImagePipeline, height: int, width: int,
-              steps: int = 50) -> float:
-        "Growing with the number of tokens, and a terminal."
-        _, h, w = self.latent_shape(pipeline, height, width)
-        return shift_of_size(pipeline, h * w // 4)
+    # latents are packed as FLUX.1's; the shift grows with the number of tokens, to a terminal
+    latent_shape, shift = FluxFamily.latent_shape, FluxFamily.shift
 
     def velocity(self, transformer: QwenImageTransformer2DModel, x: Tensor, t: Tensor,
                  cond: dict[str, Tensor], scale: float) -> Tensor:

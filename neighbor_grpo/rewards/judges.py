@@ -43,9 +43,8 @@ def middle(picture: Image.Image,  # any size, any mode
     short = min(picture.size)
     sides = [int(size * side / short) for side in picture.size]
     left, top = (half((side - size) / 2) for side in sides)
-    return picture.resize(sides, Image.Resampling.BICUBIC).crop(
-        (left, top, left + size, top + size)
-    )
+    picture = picture.resize(sides, Image.Resampling.BICUBIC)
+    return picture.crop((left, top, left + size, top + size))
 
 
 def pixels_of(picture: Image.Image) -> Tensor:
@@ -134,9 +133,8 @@ def fix_text(judge: str) -> Callable[[str], str]:
     "What ftfy does to a text, or how to get it."
     try: import ftfy
     except ImportError as e:
-        raise ImportError(
-            f"{judge} cleans prompts with ftfy: pip install 'neighbor_grpo[rewards]'"
-        ) from e
+        text = f"{judge} cleans prompts with ftfy: pip install 'neighbor_grpo[rewards]'"
+        raise ImportError(text) from e
     return ftfy.fix_text
 
 
@@ -171,9 +169,8 @@ class CLIPJudge(Reward):
         return 1.0
 
     @classmethod
-    def open(
-        cls, source: str | None, device: torch.device | str, dtype: torch.dtype
-    ) -> "CLIPJudge":
+    def open(cls, source: str | None, device: torch.device | str,
+             dtype: torch.dtype) -> "CLIPJudge":
         return cls(source, device, dtype)
 
     def load(self, source: str, offline: bool) -> "transformers.CLIPModel":
@@ -193,34 +190,24 @@ class CLIPJudge(Reward):
     def see(self, pictures: list[Image.Image]) -> Tensor:
         "Unit vectors `(N, D)` of pictures."
         pixels = torch.stack([self.view(picture, self.size) for picture in pictures])
-        pixels = (pixels - pixels.new_tensor(self.MEAN).view(3, 1, 1)) / pixels.new_tensor(
-            self.STD
-        ).view(3, 1, 1)
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (self.MEAN, self.STD))
+        pixels = (pixels - mean) / std
         pooled = self.model.vision_model(pixels.to(self.device, self.dtype)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     def read(self, texts: list[str]) -> Tensor:
         "Unit vectors `(N, D)` of texts."
-        tokens = self.tokenizer(
-            [self.clean(text) for text in texts],
-            padding=True,
-            truncation=True,
-            max_length=self.model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(self.device)
-        pooled = self.model.text_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
-        ).pooler_output
-        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        most = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer([self.clean(text) for text in texts], padding=True, truncation=True,
+                                max_length=most, return_tensors="pt").to(self.device)
+        seen = self.model.text_model(input_ids=tokens.input_ids,
+                                     attention_mask=tokens.attention_mask)
+        return F.normalize(self.model.text_projection(seen.pooler_output).float(), dim=-1)
 
     def batches(self, embed: Callable[[list], Tensor], things: list) -> Tensor:
         "What `embed` makes of all things, a batch at a time."
-        return torch.cat(
-            [
-                embed(things[start : start + self.batch])
-                for start in range(0, len(things), self.batch)
-            ]
-        )
+        starts = range(0, len(things), self.batch)
+        return torch.cat([embed(things[start:start + self.batch]) for start in starts])
 
     @torch.no_grad()
     def score(self, pictures: list[Image.Image], prompts: list[str]) -> Tensor:

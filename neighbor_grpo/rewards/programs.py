@@ -37,13 +37,8 @@ def eight_bits(
     low, high = values.min(), values.max()
     require(0 <= low and high <= 65535, "images", f"{picture.mode} from {low:g} to {high:g}",
             "gray values within [0, 65535]")
-    full = (
-        65535
-        if high > 255 or picture.mode.startswith("I;16")
-        else 1
-        if picture.mode == "F" and high <= 1
-        else 255
-    )
+    full = 1 if picture.mode == "F" and high <= 1 else 255
+    if high > 255 or picture.mode.startswith("I;16"): full = 65535
     return Image.fromarray((values * (255 / full)).round().astype(np.uint8))
 
 # %% ../../nbs/rewards/programs.ipynb #f6ed5356
@@ -51,20 +46,15 @@ def to_pictures(
     images: Tensor | list[Image.Image],  # (N, 3, H, W) in [0, 1], or N pictures of any size; N >= 1
 ) -> list[Image.Image]:  # N pictures; RGB where they came from a tensor
     "Pictures of 8 bits a channel."
-    allowed = (
-        "floats of shape (N, 3, H, W) in [0, 1] with N >= 1, or a list of at least one PIL image"
-    )
+    floats = "floats of shape (N, 3, H, W) in [0, 1] with N >= 1"
+    allowed = f"{floats}, or a list of at least one PIL image"
     if not isinstance(images, Tensor):
         good = isinstance(images, (list, tuple)) and len(images) > 0
         good = good and all(isinstance(picture, Image.Image) for picture in images)
         require(good, "images", images, allowed)
         return [eight_bits(picture) for picture in images]
-    good = (
-        images.is_floating_point()
-        and images.ndim == 4
-        and images.shape[1] == 3
-        and images.numel() > 0
-    )
+    good = images.ndim == 4 and images.shape[1] == 3 and images.numel() > 0
+    good = good and images.is_floating_point()
     require(good, "images", f"{images.dtype} of shape {tuple(images.shape)}", allowed)
     outside = images[~((images >= 0) & (images <= 1))]
     require(len(outside) == 0, "images", f"{outside[:3].tolist()} among the values", allowed)

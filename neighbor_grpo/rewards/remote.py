@@ -137,8 +137,7 @@ def refuse_secrets(
         raise ValueError(
             "url must be without user, password or token, since it is written into files; put "
             f"the token into the environment variable {TOKEN}, here and at the server; of a vision-"
-            "language model into NEIGHBOR_GRPO_VLM_TOKEN"
-        )
+            "language model into NEIGHBOR_GRPO_VLM_TOKEN")
 
 
 def checked_url(
@@ -188,9 +187,8 @@ class Hurried(H11Protocol):
     def send_400_response(self, reason: str) -> None:
         "What h11 does not understand; if it asks for a page, it gets what other pages get."
         status = b"501 Not Implemented" if self.first == b"GET " else b"400 Bad Request"
-        self.transport.write(
-            b"HTTP/1.1 %s\r\nConnection: close\r\n\r\n%s\n" % (status, reason.encode())
-        )
+        head = b"HTTP/1.1 %s\r\nConnection: close\r\n\r\n" % status
+        self.transport.write(head + reason.encode() + b"\n")
         self.transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -206,9 +204,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         return socket.create_server(address[:2], family=family, backlog=1024, dualstack_ipv6=both)
     except OSError as e:
-        raise ValueError(
-            f"host and port must be free on this machine, got {host!r} and {port}: {e}"
-        ) from e
+        text = f"host and port must be free on this machine, got {host!r} and {port}: {e}"
+        raise ValueError(text) from e
 
 
 def reply(content: dict, status: int = 200) -> JSONResponse:
@@ -243,22 +240,12 @@ class RewardServer:
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
         routes = [Route("/", self.front_page), Route("/{path:path}", nothing_else),
                   Route("/{path:path}", self.respond, methods=["POST"])]
-        self.server = Server(
-            uvicorn.Config(
-                Starlette(routes=routes, exception_handlers={405: nothing_else}),
-                http=Hurried,
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                backlog=1,
-                log_config=None,
-                log_level="error",
-                access_log=False,
-                server_header=False,
-                # uvicorn says whole seconds, and hands them to asyncio, which takes parts too
-                timeout_graceful_shutdown=grace,  # type: ignore[arg-type]
-            )
-        )
+        app = Starlette(routes=routes, exception_handlers={405: nothing_else})
+        self.server = Server(uvicorn.Config(
+            app, http=Hurried, ws="none", loop="asyncio", lifespan="off", backlog=1,
+            log_config=None, log_level="error", access_log=False, server_header=False,
+            # uvicorn says whole seconds, and hands them to asyncio, which takes parts too
+            timeout_graceful_shutdown=grace))  # type: ignore[arg-type]
 
     def answer(self, body: bytes) -> tuple[int, dict]:
         "Status and content of the answer to one request."
@@ -350,15 +337,9 @@ class RewardServer:
     async def front_page(self, request: Request) -> JSONResponse:
         "What is served here, and what a request may be."
         limits = dict(bytes=self.limit, bytes_of_all=self.total, pictures=self.pictures, side=SIDE)
-        return reply(
-            dict(
-                neighbor_grpo=version("neighbor_grpo"),
-                rewards=self.names,
-                limits=limits,
-                request="POST what neighbor_grpo.rewards.remote.pack_request writes",
-                token=bool(self.token),
-            )
-        )
+        request = "POST what neighbor_grpo.rewards.remote.pack_request writes"
+        return reply(dict(neighbor_grpo=version("neighbor_grpo"), rewards=self.names,
+                          limits=limits, request=request, token=bool(self.token)))
 
     def serve_forever(self) -> None:
         "Until SIGINT, SIGTERM or `close`."
@@ -463,12 +444,6 @@ def text_of(
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
 
 
-def bytes_of_answer(count: int) -> int:
-    """More than the answer for so many pictures takes: a number is written with fewer than 30
-    letters."""
-    return 4096 + 64 * count
-
-
 def reason_of(
     error: BaseException,  # of a connection
 ) -> BaseException:  # the innermost
@@ -571,9 +546,8 @@ class Client(Reward):
         "Raise what a status calls for; 200 calls for nothing."
         said = f"status {status}: {text_of(content)}"
         if status == 500: raise RuntimeError(f"the judge at {self.url} failed with {said}")
-        if status in (301, 308, 501, 505) or (
-            400 <= status < 500 and status not in (408, 425, 429)
-        ):
+        client_error = 400 <= status < 500 and status not in (408, 425, 429)
+        if client_error or status in (301, 308, 501, 505):
             raise RuntimeError(f"{self.url} refuses the request with {said}")
         if status != 200:
             error = Unavailable(said)
@@ -613,7 +587,8 @@ class RemoteReward(Client):
         count, number = len(pictures), uuid.uuid4().hex
         body = pack_request(pictures, prompts, number, records)
         read = lambda found: rewards_in(found, number, count)
-        return self.insist(body, bytes_of_answer(count), read)
+        most = 4096 + 64 * count  # a number is written with fewer than 30 letters
+        return self.insist(body, most, read)
 
 
 def rewards_in(

@@ -152,9 +152,8 @@ class DiffusionNFT(ForwardProcess):
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized and clipped."
-        return combine_rewards(rewards, weights, standardize).clamp(
-            -self.advantage_clip, self.advantage_clip
-        )
+        most = self.advantage_clip
+        return combine_rewards(rewards, weights, standardize).clamp(-most, most)
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..flow import Velocity, require
 from ..grpo import combine_rewards, group_advantages, surrogate
-from .forward import ForwardProcess
+from .forward import DiffusionNFT, ForwardProcess
 from ..rollouts import (Rollout, Standardize, States, Surrogate, Watched,
                                     per_state)
 
@@ -136,12 +136,7 @@ class DGPO(ForwardProcess):
         "The states of a group, whose members share a weight at each time."
         return self.group_size * self.trained_steps
 
-    def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
-                   standardize: Standardize = group_advantages) -> Tensor:
-        "`(P, G[, R]) -> (P, G)`: standardized and clipped."
-        return combine_rewards(rewards, weights, standardize).clamp(
-            -self.advantage_clip, self.advantage_clip
-        )
+    advantages = DiffusionNFT.advantages  # standardized and clipped
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:

@@ -90,12 +90,10 @@ class MixGRPO(SDEGRPO):
         "The noisy steps of an iteration: the same in all groups, processes and runs."
         last, turn = self.trainable[1] - self.trained_steps, iteration // self.window_every
         places = range(0, last + 1, self.window_stride)
-        left = dict(
-            progressive=min(self.window_stride * turn, last),
-            roll_back=places[turn % len(places)],
-            frozen=0,
-            random=places[int(torch.randint(len(places), (), generator=seeded(iteration)))],
-        )[self.window_moves]
+        drawn = int(torch.randint(len(places), (), generator=seeded(iteration)))
+        lefts = dict(progressive=min(self.window_stride * turn, last), frozen=0,
+                     roll_back=places[turn % len(places)], random=places[drawn])
+        left = lefts[self.window_moves]
         return range(left, left + self.trained_steps)
 
     def thinned(self, iteration: int) -> Tensor:

@@ -13,13 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..flow import Generators, Velocity, require, time_grid
+from ..flow import Generators, Velocity, require
 from ..grpo import check_rewards, combine_rewards, group_advantages, surrogate
-from ..neighbors import neighbor_noise
-from ..rollouts import (Reward, Rollout, Standardize, States, StepAlgorithm,
-                                    Surrogate, check_settings, choose_steps, everyone,
-                                    for_each, untrained_steps)
-from ..solvers import solve
+from ..neighbor import NeighborGRPO
+from ..rollouts import (Rollout, Standardize, States, StepAlgorithm, Surrogate,
+                                    check_settings, choose_steps, everyone)
 
 # %% ../../nbs/rivals/pairs.ipynb #95d014d9
 @dataclass(frozen=True)
@@ -50,19 +48,9 @@ class FDFO(StepAlgorithm):
 
     has_ratio = False  # nothing says how far the policy has moved
 
-    def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
-        "`(P, *shape) -> (P, count, *shape)`: neighbors of each noise."
-        return neighbor_noise(noise, count, self.sigma, generator)
-
-    def follow(self, velocity: Velocity, start: Tensor, cond: object = None,
-               generator: Generators = None, iteration: int = 0,
-               reward: Reward | None = None) -> Rollout:
-        "Solve the ODE from all starts at once."
-        groups, size = start.shape[:2]
-        ts = time_grid(self.steps, self.shift, self.grid)
-        each = for_each(cond, groups, size)
-        path = solve(velocity, start.flatten(0, 1), ts, each, self.method)
-        return Rollout.of(path, groups, cond)
+    # neighbors, each solved alone, of the same settings
+    starts, follow = NeighborGRPO.starts, NeighborGRPO.follow
+    untrained, nfe_old = NeighborGRPO.untrained, NeighborGRPO.nfe_old
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
@@ -85,16 +73,6 @@ class FDFO(StepAlgorithm):
         pull = torch.einsum("pg,pg...->p...", advantages.to(rollout.x), rollout.samples)
         v = velocity(*states.inputs(rollout))
         return (v * pull[states.prompt]).flatten(1).mean(1).sum()
-
-    @property
-    def untrained(self) -> list[int]:
-        "The steps that are never trained."
-        return untrained_steps(self.steps, self.steps, self.trained_steps, self.train_where)
-
-    @property
-    def nfe_old(self) -> float:
-        "Evaluations without gradient, per sample: one a step, two in Heun's but the last."
-        return self.steps + (self.steps - 1 if self.method == "heun" else 0)
 
     @property
     def nfe_theta(self) -> float:

@@ -225,9 +225,8 @@ def read_rows(
     rows = [parse_row(line) for line in lines]
     if rows[-1] is None: rows.pop()
     if None in rows:
-        raise ValueError(
-            f"{path}, line {rows.index(None) + 1}, is damaged: it is not a JSON object"
-        )
+        line = rows.index(None) + 1
+        raise ValueError(f"{path}, line {line}, is damaged: it is not a JSON object")
     return [row for row in rows if row is not None]
 
 # %% ../../nbs/runs/folder.ipynb #00000014
@@ -424,9 +423,8 @@ class Checkpoints:
             good = next((n for n in reversed(earlier) if self.is_good(n)), None)
             advice = "there is no good one before it" if good is None else \
                 f"remove {self.folder_of(number)} to go on from iteration {good}"
-            raise ValueError(
-                f"checkpoint {self.folder_of(number)} cannot be used: {e}; {advice}"
-            ) from e
+            text = f"checkpoint {self.folder_of(number)} cannot be used: {e}; {advice}"
+            raise ValueError(text) from e
         try: check_files(self.folder.parent, content["networks"])
         except ValueError as e:
             where = self.folder_of(number)
@@ -475,10 +473,8 @@ def settled_rows(
     wrong = [i for i, row in enumerate(saved) if without_clock(rows[i]) != row]
     for i in wrong: rows[i] = saved[i]
     if wrong:
-        text = (
-            f"{path} is damaged: {len(wrong)} of {len(rows)} rows come from checkpoint {last:06d}"
-        )
-        warnings.warn(text, stacklevel=2)
+        found = f"{len(wrong)} of {len(rows)} rows come from checkpoint {last:06d}"
+        warnings.warn(f"{path} is damaged: {found}", stacklevel=2)
     return rows
 
 

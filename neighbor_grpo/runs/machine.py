@@ -81,25 +81,9 @@ def choose_device(
     return device
 
 # %% ../../nbs/runs/machine.ipynb #97e2b983
-FOLDERS = (
-    "model",
-    "models",
-    "checkpoint",
-    "checkpoints",
-    "weights",
-    "pretrained",
-    "run",
-    "runs",
-    "output",
-    "outputs",
-    "results",
-    "data",
-    "datasets",
-    "home",
-    "tmp",
-    "judges",
-    "rewards",
-)  # where people keep things
+FOLDERS = (  # where people keep things
+    "model", "models", "checkpoint", "checkpoints", "weights", "pretrained", "run", "runs", "home",
+    "output", "outputs", "results", "data", "datasets", "tmp", "judges", "rewards")
 FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf", ".json", ".yaml", ".zip")
 
 

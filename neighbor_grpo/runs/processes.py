@@ -36,10 +36,8 @@ CHECKED = {  # variables of `accelerate launch`: the values that hold here, what
     "ACCELERATE_DYNAMO_BACKEND": (OFF, "'no': use the setting compile"),
     "ACCELERATE_TORCH_DEVICE": (OFF, "unset: use the setting device"),
     "ACCELERATE_DEBUG_MODE": (OFF, "false: it checks exchanges that no run makes"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (
-        OFF,
-        "false: processes share groups, and weights by FSDP",
-    ),
+    "ACCELERATE_USE_PARALLELISM_CONFIG":
+        (OFF, "false: processes share groups, and weights by FSDP"),
     "ACCELERATE_USE_SAGEMAKER": (OFF, "false"),
     "FSDP_VERSION": (("2",), "2"),
     "FSDP_OFFLOAD_PARAMS": (OFF, "false"),
@@ -59,12 +57,9 @@ CHECKED = {  # variables of `accelerate launch`: the values that hold here, what
 def check_environment() -> None:
     "Refuse what would be ignored or could not be resumed."
     for name, what in dict(DEEPSPEED="DeepSpeed", MEGATRON_LM="Megatron-LM").items():
-        require(
-            not switched_on(f"ACCELERATE_USE_{name}"),
-            "accelerate's distributed_type",
-            what,
-            "MULTI_GPU, MULTI_CPU, or FSDP with fsdp_version: 2, which splits what ZeRO-3 splits",
-        )
+        other = switched_on(f"ACCELERATE_USE_{name}")
+        require(not other, "accelerate's distributed_type", what, "MULTI_GPU, MULTI_CPU, or FSDP "
+                "with fsdp_version: 2, which splits what ZeRO-3 splits")
     split = switched_on("ACCELERATE_USE_FSDP")
     for name, (good, allowed) in CHECKED.items():
         value = os.environ.get(name, "1" if name == "FSDP_VERSION" else "")
@@ -78,19 +73,14 @@ def check_world(
 ) -> None:
     "Refuse to train in fewer processes than were asked for."
     expected = os.environ.get("WORLD_SIZE") or "1"
-    require(
-        str(processes) == expected,
-        "processes",
-        processes,
-        f"{expected}, as WORLD_SIZE announces, started "
-        "by a launcher (unset WORLD_SIZE and MASTER_ADDR where they are left over)",
-    )
+    require(str(processes) == expected, "processes", processes,
+            f"{expected}, as WORLD_SIZE announces, started by a launcher "
+            "(unset WORLD_SIZE and MASTER_ADDR where they are left over)")
     by_accelerate = "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ
     alone = processes == 1 and by_accelerate and "WORLD_SIZE" not in os.environ
     require(not alone, "processes", "1, although MASTER_ADDR announces more",
             "started by `python -m torch.distributed.run`, or `ACCELERATE_USE_CPU=true accelerate "
-            "launch "
-            "--multi_gpu`: `accelerate launch --cpu` starts one whatever --num_processes says")
+            "launch --multi_gpu`: `accelerate launch --cpu` starts one whatever --num_processes says")
 
 # %% ../../nbs/runs/processes.ipynb #076c491b
 def end_with_launcher(

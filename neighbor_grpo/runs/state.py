@@ -80,9 +80,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         value = read_as(tensors, key, weights[int(i)])
         number = value.ndim == 0 and not value.is_floating_point()
         state.setdefault(int(i), {})[name] = value.item() if number else value
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 # %% ../../nbs/runs/state.ipynb #ac67a951
 def flat_state(
@@ -114,9 +113,8 @@ def load_state(
         elif isinstance(part, nn.Module): part.load_state_dict(state)
         elif isinstance(part, torch.optim.Optimizer): load_optimizer(part, state)
         else:  # its last step sets the optimizer's rate and momentum
-            part.load_state_dict(
-                dict(last_epoch=state[""].item() - 1, _step_count=state[""].item() + 1)
-            )
+            done = state[""].item()
+            part.load_state_dict(dict(last_epoch=done - 1, _step_count=done + 1))
             part.step()
 
 

@@ -49,9 +49,8 @@ def flattened(
     for name, value in config.items():
         if isinstance(value, dict): flat |= flattened(value, f"{prefix}{name}/")
         else:
-            flat[prefix + name] = (
-                value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
-            )
+            plain = isinstance(value, (bool, int, float, str))
+            flat[prefix + name] = value if plain else json.dumps(value)
     return flat
 
 # %% ../../nbs/runs/tracking.ipynb #a10e0a48
@@ -62,11 +61,8 @@ class Tracking:
                  project: str = "neighbor_grpo"):  # what the trackers file it under
         if trainer.out is None: raise ValueError("trainer.out is needed: a run folder")
         self.accelerator, self.note = accelerator, Path(accelerator.project_dir) / "tracking.json"
-        note = (
-            json.loads(self.note.read_text())
-            if self.note.exists()
-            else dict(id=uuid.uuid4().hex[:8], iteration=-1)
-        )
+        note = dict(id=uuid.uuid4().hex[:8], iteration=-1)
+        if self.note.exists(): note = json.loads(self.note.read_text())
         self.id, self.last = (gather(note)[0][key] for key in ("id", "iteration"))
         name = f"{trainer.out.absolute().name}-{self.id}"
         start = dict(wandb=dict(id=self.id, name=name, resume="allow"),
@@ -77,8 +73,7 @@ class Tracking:
         knows = {"wandb": "step", "trackio": "_next_step"}
         self.logged = {
             tracker.name: getattr(tracker.tracker, knows.get(tracker.name, ""), self.last + 1) - 1
-            for tracker in accelerator.trackers
-        }
+            for tracker in accelerator.trackers}
         self.grids = self.draw(trainer) if trainer.iteration == 0 and self.last < 0 else {}
 
     def __call__(self, trainer: Trainer) -> None:
@@ -86,12 +81,9 @@ class Tracking:
         if trainer.evals[-1]["iteration"] == trainer.iteration > self.last:
             self.grids |= self.draw(trainer)
         self.last, values = max(self.last, trainer.iteration), {}
+        known = min(self.logged.values(), default=self.last)
         for prefix, rows in (("", trainer.rows), ("held_out/", trainer.evals)):
-            for row in (
-                row
-                for row in rows
-                if row["iteration"] > min(self.logged.values(), default=self.last)
-            ):
+            for row in (row for row in rows if row["iteration"] > known):
                 named = {prefix + key: value for key, value in row.items()
                          if key != "iteration" and value is not None}
                 values.setdefault(row["iteration"], {}).update(named)

@@ -226,12 +226,9 @@ class DigitsTask(Visible):
         samples = self.sample(velocity, view.count or self.settings.eval_samples, label, view)
         seen = samples.clamp(-1, 1)  # as a screen would show them
         probability, features = self.judge(seen).softmax(1), self.judge.features
-        known = dict(
-            reward=self.reward(samples),
-            judge=probability[:, self.settings.target],
-            frechet=frechet_distance(features(seen), features(self.real)),
-            diversity=diversity(seen, self.real),
-        )
+        known = dict(reward=self.reward(samples), judge=probability[:, self.settings.target],
+                     frechet=frechet_distance(features(seen), features(self.real)),
+                     diversity=diversity(seen, self.real))
         images = (seen.expand(-1, 3, -1, -1) + 1) / 2
         return Seen(known, [""] * len(seen), images)
 

@@ -41,9 +41,8 @@ def csv_rows(
     while not row or place < len(text) or text[place - 1] == ",":
         field = CSV_FIELD.match(text, place)
         if not field:
-            raise ValueError(
-                f"line {line}: a quote inside a field without quotes, or one that never closes"
-            )
+            what = "a quote inside a field without quotes, or one that never closes"
+            raise ValueError(f"line {line}: {what}")
         quoted, plain, end = field.groups()
         row.append(plain if quoted is None else quoted.replace('""', '"'))
         line, place = line + field[0].count("\n"), field.end()
@@ -69,9 +68,8 @@ def table(
     _, header = next(rows, (1, []))
     for line, row in rows:
         if len(row) != len(header):
-            found = (
-                f"line {line} has {len(row)} field{'s'[: len(row) > 1]}, the header {len(header)}"
-            )
+            fields = f"{len(row)} field{'s'[:len(row) > 1]}"
+            found = f"line {line} has {fields}, the header {len(header)}"
             raise ValueError(f"{found}; {advice}" if len(row) > len(header) else found)
         yield line, tuple(zip(header, row))
 
@@ -128,9 +126,8 @@ def text_in(
                  for key in PROMPT_KEYS)
         found = next((values for values in named if values), [])
     if len(found) != 1 or not isinstance(found[0], str):
-        raise ValueError(
-            f"line {line}: not one text, alone or under {known}: {reprlib.repr(entry)}"
-        )
+        what = f"not one text, alone or under {known}: {reprlib.repr(entry)}"
+        raise ValueError(f"line {line}: {what}")
     wrong = re.search("[\0\ud800-\udfff]", found[0])
     if wrong: raise ValueError(f"line {line}: {wrong[0]!r}, which is not a character of a text")
     return " ".join(found[0].split())
@@ -182,9 +179,8 @@ def read_records(
     try: found = records_in(read_text(path), kind)
     except (ValueError, RecursionError) as e:
         reason = "it is nested too deeply" if isinstance(e, RecursionError) else e
-        raise ValueError(
-            f"prompts must be a {kind} file of texts, got {str(path)!r}: {reason}"
-        ) from e
+        text = f"prompts must be a {kind} file of texts, got {str(path)!r}: {reason}"
+        raise ValueError(text) from e
     require(bool(found), "prompts", str(path), "a file with at least one prompt")
     return found
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'NUMBERS', 'RELATIONS', 'BACKGROUND', 'DISTANCES', 'SIZE', 'EXTENT', 'RADII', 'LEAST', 'MOST',
            'WINDOW', 'TOLERANCE', 'REST', 'Thing', 'Caption', 'all_captions', 'words', 'split_captions', 'templates',
-           'Layout', 'free', 'clearance', 'draw_layout', 'render', 'paint', 'blobs', 'fit', 'match', 'Found', 'find',
-           'assign', 'verify']
+           'Layout', 'free', 'clearance', 'ways', 'draw_layout', 'render', 'paint', 'blobs', 'fit', 'match', 'Found',
+           'find', 'assign', 'verify']
 
 # %% ../../nbs/tasks/scenes.ipynb #883c8ff5
 import functools
@@ -132,20 +132,15 @@ def templates(
     "How much of each pixel a circle, a square and a triangle cover."
     pixels, (x, y) = torch.arange(size) + 0.5, centre[..., None].unbind(-2)
     dx, dy, r = (pixels - x)[..., None, :], (pixels - y)[..., None], radius[..., None, None]
-    return torch.stack(
-        [
-            (0.5 - distance(dx[..., k, :, :], dy[..., k, :, :], r[..., k, :, :])).clamp_(0, 1)
-            for k, distance in enumerate(DISTANCES)
-        ],
-        -3,
-    )
+    apart = [distance(dx[..., k, :, :], dy[..., k, :, :], r[..., k, :, :])
+             for k, distance in enumerate(DISTANCES)]
+    return torch.stack([(0.5 - each).clamp_(0, 1) for each in apart], -3)
 
 # %% ../../nbs/tasks/scenes.ipynb #57be10f7
 SIZE = 32  # pixels along a side of a scene
 # box / radius
-EXTENT = torch.tensor(
-    [[-1, -1, 1, 1], [-0.887, -0.887, 0.887, 0.887], [-1.347, -1.556, 1.347, 0.778]]
-)
+EXTENT = torch.tensor([[-1, -1, 1, 1], [-0.887, -0.887, 0.887, 0.887],
+                       [-1.347, -1.556, 1.347, 0.778]])
 
 
 @dataclass(frozen=True)
@@ -184,11 +179,15 @@ def clearance(
 ) -> Tensor:  # (...) pixels; infinite for no relation
     "How clearly one shape stands on the asked side of the other: negative if it does not."
     along, across = (offset * way).sum(-1), (offset * way.flip(-1)).sum(-1).abs()
-    return torch.minimum(along - least, slope * along - across).masked_fill(
-        (way == 0).all(-1), math.inf
-    )
+    clear = torch.minimum(along - least, slope * along - across)
+    return clear.masked_fill((way == 0).all(-1), math.inf)
 
 # %% ../../nbs/tasks/scenes.ipynb #0c741c9e
+def ways(captions: list[Caption]) -> Tensor:
+    "The way (N, 2) of the relation of each caption; 0, 0 for none."
+    return torch.tensor([RELATIONS.get(c.relation or "", (0, 0)) for c in captions]).float()
+
+
 # least and most, in pixels
 RADII = {"single": (3.5, 6.0), "count": (3.0, 4.2), "relation": (3.2, 5.0)}
 
@@ -205,11 +204,9 @@ def draw_layout(
     padded = [c.things + c.things[:1] * (most - len(c.things)) for c in captions]
     colour, shape = (
         torch.tensor([[list(names).index(thing[i]) for thing in things] for things in padded])
-        for i, names in enumerate((COLOURS, SHAPES))
-    )
+        for i, names in enumerate((COLOURS, SHAPES)))
     low, high = torch.tensor([RADII[c.kind] for c in captions]).unsqueeze(1).unbind(-1)
-    way = torch.tensor([RELATIONS.get(c.relation or "", (0, 0)) for c in captions],
-                       dtype=torch.float32)
+    way = ways(captions)
     centre, radius, ends = torch.zeros(n, most, 2), torch.zeros(n, most), there.sum(1)
     placed = torch.zeros(n, dtype=torch.long)
     failed = torch.zeros(n, dtype=torch.long)
@@ -234,14 +231,11 @@ def render(
     images = torch.tensor(BACKGROUND)[:, None, None].expand(len(layout.shape), 3, SIZE, SIZE)
     drawn = templates(layout.centre[:, :, None].expand(-1, -1, 3, -1),
                       layout.radius[..., None].expand(-1, -1, 3), SIZE)
-    cover = (
-        drawn.take_along_dim(layout.shape[..., None, None, None], 2)[:, :, 0]
-        * (layout.radius > 0)[..., None, None]
-    )
+    cover = drawn.take_along_dim(layout.shape[..., None, None, None], 2)[:, :, 0]
+    cover = cover * (layout.radius > 0)[..., None, None]
     for k in range(layout.shape.shape[1]):
-        images = images + cover[:, k, None] * (
-            palette[layout.colour[:, k]][:, :, None, None] - images
-        )
+        colour = palette[layout.colour[:, k]][:, :, None, None]
+        images = images + cover[:, k, None] * (colour - images)
     return images
 
 # %% ../../nbs/tasks/scenes.ipynb #b337c060
@@ -338,9 +332,8 @@ def difference(cover: Tensor, drawn: Tensor) -> Tensor:
     little."""
     sharp = smooth(drawn)
     sharp, blurred = smooth(cover)[:, None] - sharp, smooth(smooth(sharp)[..., 1:-1, 1:-1]) - sharp
-    amount = (sharp * blurred).flatten(2).sum(2) / blurred.square().flatten(2).sum(2).clamp_min(
-        1e-6
-    )
+    length = blurred.square().flatten(2).sum(2).clamp_min(1e-6)
+    amount = (sharp * blurred).flatten(2).sum(2) / length
     return sharp - amount.clamp(0, 0.5)[..., None, None] * blurred
 
 # %% ../../nbs/tasks/scenes.ipynb #b3a3b0fb
@@ -360,9 +353,8 @@ def match(
     centre, radius, drawn = fit(cover)
     area = cover.flatten(1).sum(1, keepdim=True).clamp_min(1)
     form = severity(difference(cover, drawn).square(), area)
-    uneven = severity(
-        (smooth(crop).square().sum(1) / length - smooth(cover).square()).clamp_min(0)[:, None], area
-    )
+    spread = smooth(crop).square().sum(1) / length - smooth(cover).square()
+    uneven = severity(spread.clamp_min(0)[:, None], area)
     return colour, centre, radius, torch.maximum(form, torch.maximum(uneven, off[:, None]) / 2)
 
 # %% ../../nbs/tasks/scenes.ipynb #275521fe
@@ -399,9 +391,8 @@ def find(
     images, half = images.detach().float().cpu().nan_to_num().clamp(0, 1), WINDOW // 2
     labels, image, middle = blobs(paint(images)[1])
     pixels, number = above_ground(images), torch.arange(1, len(image) + 1)[:, None, None]
-    rest = (
-        smooth(pixels * ~grown(labels > 0, 2)[:, None]).square().sum(1).sqrt() - 0.08
-    ).clamp_min(0)
+    beyond = smooth(pixels * ~grown(labels > 0, 2)[:, None])
+    rest = (beyond.square().sum(1).sqrt() - 0.08).clamp_min(0)
     rows, columns = (middle[:, i, None] + torch.arange(WINDOW) for i in (0, 1))
     where = image[:, None, None], rows[:, :, None], columns[:, None]
     crop = F.pad(pixels, (half,) * 4).permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2)
@@ -410,9 +401,8 @@ def find(
     centre = centre + (middle.flip(1) - half)[:, None]
     low, high = (centre.repeat(1, 1, 2) + EXTENT * radius[..., None]).split(2, -1)
     over = torch.maximum(-low, high - torch.tensor(images.shape[:1:-1])).amax(-1).clamp_min(0)
-    lost = torch.bincount(labels.flatten(), minlength=len(image) + 1)[1:] - (
-        label == number
-    ).flatten(1).sum(1)
+    size = torch.bincount(labels.flatten(), minlength=len(image) + 1)[1:]
+    lost = size - (label == number).flatten(1).sum(1)
     misfits = misfits + over / 2 + lost[:, None]
     misfit, shape = misfits.min(1)
     centre, radius = (values[torch.arange(len(shape)), shape] for values in (centre, radius))
@@ -425,12 +415,8 @@ def asked(captions: list[Caption]) -> tuple[Tensor, Tensor, Tensor]:
     things = [c.things + [(None, None)] * (4 - len(c.things)) for c in captions]
     colours, shapes = ({name: i for i, name in enumerate(names)} | {None: -1}
                        for names in (COLOURS, SHAPES))
-    numbers = torch.tensor([[(colours[c], shapes[s]) for c, s in row] for row in things]).view(
-        -1, 4, 2
-    )
-    return *numbers.unbind(-1), torch.tensor(
-        [RELATIONS.get(c.relation or "", (0, 0)) for c in captions]
-    ).float().view(-1, 2)
+    numbers = torch.tensor([[(colours[c], shapes[s]) for c, s in row] for row in things])
+    return *numbers.view(-1, 4, 2).unbind(-1), ways(captions)
 
 # %% ../../nbs/tasks/scenes.ipynb #ff7b1cd1
 TOLERANCE = 0.065  # largest misfit of a shape that counts
