@@ -8,12 +8,12 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'MEANT', 'RECIPES', 'MAX_B
            'defaults_of', 'require_plain', 'Help', 'Parser', 'brought_along', 'check_modifiers', 'settings_of',
            'names_of', 'recipes', 'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe', 'listed',
            'in_one_line', 'overviews', 'train_parser', 'pick', 'pick_algorithm', 'read_early', 'read_command',
-           'introduce', 'report', 'print_figures', 'make_task', 'given_back', 'asked_processes', 'launched', 'leave',
-           'train', 'load_run', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts', 'evaluate',
+           'introduce', 'report', 'print_figures', 'given_back', 'asked_processes', 'launched', 'leave', 'train',
+           'load_run', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts', 'evaluate',
            'draw_runs', 'sample', 'write_report', 'command_of', 'read_figures', 'save', 'bench_model', 'bench',
-           'split_name', 'read_variant', 'study_parser', 'configs_option', 'search_options', 'start_from_file',
-           'read_file', 'config_line', 'read_study', 'compare', 'search', 'read_new_pipeline', 'pretrain', 'distill',
-           'serve', 'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
+           'split_name', 'read_variant', 'study_parser', 'search_options', 'start_from_study', 'config_line',
+           'read_study', 'compare', 'search', 'read_new_pipeline', 'pretrain', 'distill', 'serve', 'stoppable',
+           'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import pkgutil
 import platform
 import re
 import shlex
@@ -114,9 +115,7 @@ def class_at(
     place: type | str,  # itself, or MODULE.NAME in this package
 ) -> type:
     "A class. Its module is imported only now: large ones bring diffusers along."
-    if isinstance(place, type): return place
-    module, _, name = place.rpartition(".")
-    return getattr(importlib.import_module(f"neighbor_grpo.{module}"), name)
+    return place if isinstance(place, type) else pkgutil.resolve_name(f"neighbor_grpo.{place}")
 
 
 def task_classes(
@@ -449,19 +448,13 @@ def train_parser(
                     description=f"{about} Names may be written with dashes or underscores.",
                     epilog="\n\n".join(overviews()))
     add = parser.add_argument
-    add("--algorithm", choices=list(ALGORITHMS), default=algorithm,
-        help="What trains; see below.")
-    add("--with", nargs="*", default=[*modifiers], metavar="NAME",
-        help="Modifiers; see below.")
+    add("--algorithm", choices=list(ALGORITHMS), default=algorithm, help="What trains; see below.")
+    add("--with", nargs="*", default=[*modifiers], metavar="NAME", help="Modifiers; see below.")
     add("--out", metavar="DIR", help="Run folder; without it a new one in runs/.")
-    add("--recipe", metavar="NAME",
-        help="One of those below, a YAML file, or a run's config.json.")
-    add("--resume", action="store_true",
-        help="Continue the run in --out, with its settings.")
-    add("--quiet", action="store_true",
-        help="Show no progress bars, only the figures at the end.")
-    add("--trackers", default="",
-        help="tensorboard, wandb or trackio, or several with commas.")
+    add("--recipe", metavar="NAME", help="One of those below, a YAML file, or a run's config.json.")
+    add("--resume", action="store_true", help="Continue the run in --out, with its settings.")
+    add("--quiet", action="store_true", help="Show no progress bars, only the figures at the end.")
+    add("--trackers", default="", help="tensorboard, wandb or trackio, or several with commas.")
     for title, settings in settings_of(task, algorithm, modifiers).items():
         group = parser.add_argument_group(title, in_one_line(settings.__doc__))
         outer = own_fields(settings)
@@ -488,8 +481,8 @@ def pick_algorithm(
     values: Namespace,  # of the command line
 ) -> Algorithm:
     "An algorithm with its modifiers around it."
-    own = [field.name for kind in modifiers for field in own_fields(MODIFIERS[kind])]
-    around = {name: values[name] for name in own}
+    around = {field.name: values[field.name]
+              for kind in modifiers for field in own_fields(MODIFIERS[kind])}
     return modified(pick(ALGORITHMS[name], values), *modifiers, **around)
 
 # %% ../nbs/launch.ipynb #c17791de
@@ -601,17 +594,6 @@ def print_figures(
         print(f"{title:{width}}" + "".join(f"{x:{w}.4g}" for x, w in zip(figures, columns)))
 
 
-def make_task(
-    name: str,  # a key of TASKS
-    settings: object,  # of the task
-    out: Path,  # run folder
-    seed: int,
-    progress: bool,  # show progress bars
-) -> Task:
-    "The task of a run, in its folder."
-    return task_classes(name)[0](settings, out, seed, progress)
-
-
 @contextmanager
 def given_back(
     out: Path,  # run folder
@@ -638,8 +620,7 @@ def launched(
 ) -> Iterator[tuple]:  # `split` for the trainer, or None; what makes a callback for it
     "Join the processes that `accelerate launch` or torchrun started; open the trackers."
     several = asked_processes() != "1"
-    settings = any(name == "MASTER_ADDR" or name.startswith("ACCELERATE_")
-                   for name in os.environ)
+    settings = any(name == "MASTER_ADDR" or name.startswith("ACCELERATE_") for name in os.environ)
     untracked = lambda trainer: nullcontext()
     if not several and not settings and not values.trackers:
         yield None, untracked
@@ -689,7 +670,7 @@ def train(
         talk = not values.quiet and world()[0] == 0
         if talk: introduce(name, values.algorithm, algorithm.group_size, settings, out)
         try:
-            task = make_task(name, task_settings, out, settings.seed, not values.quiet)
+            task = task_classes(name)[0](task_settings, out, settings.seed, not values.quiet)
             trainer = Trainer(task, algorithm, settings, out, resume=True, config=about,
                               split=split)
             RUNNING.append(trainer)
@@ -975,14 +956,11 @@ def bench_model(
     parser = Parser(prog="neighbor-grpo bench", description=bench_model.__doc__)
     add = parser.add_argument
     add("--model", choices=list(cost.MODELS), help="How large a transformer.")
-    add("--size", nargs="+", type=int, default=[512],
-        help="Pixels each way; may be several.")
-    add("--micro_batch", nargs="+", type=int, default=[4],
-        help="States at once; may be several.")
+    add("--size", nargs="+", type=int, default=[512], help="Pixels each way; may be several.")
+    add("--micro_batch", nargs="+", type=int, default=[4], help="States at once; may be several.")
     add("--iterations", type=int, default=3, help="Timed iterations of each algorithm.")
     add("--groups", type=int, default=1, help="P, groups of 12 in an iteration.")
-    add("--device", default="",
-        help="Such as cpu; without it the accelerator if there is one.")
+    add("--device", default="", help="Such as cpu; without it the accelerator if there is one.")
     add("--quiet", action="store_true", help="Show no progress bar.")
     parser.add_class_arguments(cost.PipelineSettings)
     v = parser.parse_args(list(argv))
@@ -1002,12 +980,9 @@ def bench(
     from neighbor_grpo.lab.benchmark import CLOCKS, PAPER_SETTINGS, as_markdown, measure
     parser = Parser(prog="neighbor-grpo bench", description=bench.__doc__)
     add = parser.add_argument
-    add("--model", metavar="NAME",
-        help="A large model instead; see bench --model tiny --help.")
-    add("--network", choices=["digits", "toy"], default="digits",
-        help="The U-Net, or the MLP.")
-    add("--clock", choices=list(CLOCKS), default="cpu",
-        help="cpu: processor time, or wall.")
+    add("--model", metavar="NAME", help="A large model instead; see bench --model tiny --help.")
+    add("--network", choices=["digits", "toy"], default="digits", help="The U-Net, or the MLP.")
+    add("--clock", choices=list(CLOCKS), default="cpu", help="cpu: processor time, or wall.")
     add("--iterations", type=int, default=5, help="Timed iterations of each algorithm.")
     add("--groups", type=int, default=20, help="P, groups of 12 in an iteration.")
     add("--micro_batch", type=int, default=160, help="Trained states at once; 0: all.")
@@ -1069,36 +1044,26 @@ def study_parser(
     parser = Parser(prog=name, usage=f"{name} {usage}", description=command.__doc__,
                     epilog="\n\n".join(overviews()))
     add = parser.add_argument
-    add("--task", choices=list(TASKS), default="digits",
-        help="May come first, without its name.")
-    add("--variants", nargs="+", type=str,
-        help="Each '[NAME:] ALGORITHM [--setting value ...]'.")
-    add("--common", type=str, default="",
-        help="Settings of all variants; their own override them.")
+    add("--task", choices=list(TASKS), default="digits", help="May come first, without its name.")
+    add("--variants", nargs="+", type=str, help="Each '[NAME:] ALGORITHM [--setting value ...]'.")
+    add("--common", type=str, default="", help="Settings of all variants; their own override them.")
     add("--seeds", nargs="+", type=int, help="A run of each variant for each.")
     add("--iterations", type=int, help="Read at so many iterations.")
     add("--evaluations", type=float, help="Read at so many forward-equivalents.")
     add("--seconds", type=float, help="Read at so many seconds of one thread.")
-    add("--target", type=float, default=0.9,
-        help="And where the held-out reward first gets here.")
+    add("--target", type=float, default=0.9, help="And where the held-out reward first gets here.")
     add("--bounds", nargs="+", type=str, default=[],
         help="What must hold there as well: each 'FIGURE <= LIMIT' or >=; start is a limit.")
     add("--study", metavar="FILE",
         help="A YAML file with these, or a comparison's study.json; "
              "the command line overrides it.")
-    add("--out", type=str, metavar="DIR",
-        help="Its folder, new or to be continued.")
+    add("--out", type=str, metavar="DIR", help="Its folder, new or to be continued.")
     add("--jobs", "--workers", type=int, default=2, help="Processes at a time.")
     add("--quiet", action="store_true", help="Show no progress bar.")
-    more = dict(compare=configs_option, search=search_options)
-    more[command.__name__](parser)
+    if command is search: search_options(parser)
+    else: add("--configs", nargs="+", type=str, metavar="FILE",
+              help="More variants: '[NAME:] FILE' each, such as best.yaml of a search.")
     return parser
-
-
-def configs_option(parser: Parser) -> None:
-    "What only `compare` is told."
-    parser.add_argument("--configs", nargs="+", type=str, metavar="FILE",
-                        help="More variants: '[NAME:] FILE' each, such as best.yaml of a search.")
 
 
 def search_options(parser: Parser) -> None:
@@ -1116,26 +1081,12 @@ def search_options(parser: Parser) -> None:
     add("--sampler_seed", type=int, default=0, help="Of what is drawn.")
 
 
-def start_from_file(
+def start_from_study(
     parser: Parser,
-    defaults: dict,  # values by name, of a file
-    source: str,  # where they stand, for the message
-) -> Parser:
-    "The same parser, with the values of a file."
-    known = {name[2:] for name in parser._option_string_actions} - {"help", "study"}
-    unknown = [key for key in defaults if key not in known]
-    quiet = defaults.get("quiet", False)
-    require(not unknown, "--study", unknown, f"names of settings of {parser.prog.split()[1]}")
-    require(isinstance(quiet, bool), "quiet", quiet, "true or false")
-    parser.start_from(defaults, source)
-    return parser
-
-
-def read_file(
     path: Path,  # YAML, or JSON, which is YAML too
-) -> dict:
-    "A study as it was written; variants may be a mapping of names to lines, or one line."
-    values = read_yaml(path, "--study")
+) -> None:
+    "Take a study as it was written; variants may be a mapping of names to lines, or one line."
+    values = {key: value for key, value in read_yaml(path, "--study").items() if value is not None}
     lines = values.get("variants")
     if isinstance(lines, dict):
         values["variants"] = [f"{name}: {line}" for name, line in lines.items()]
@@ -1143,7 +1094,11 @@ def read_file(
         values["space"] = [json.dumps({name: row}) for name, row in values["space"].items()]
     for key in ("variants", "seeds", "bounds", "configs"):
         if isinstance(values.get(key), (str, int)): values[key] = [values[key]]
-    return {key: value for key, value in values.items() if value is not None}
+    known = {name[2:] for name in parser._option_string_actions} - {"help", "study"}
+    unknown, quiet = [key for key in values if key not in known], values.get("quiet", False)
+    require(not unknown, "--study", unknown, f"names of settings of {parser.prog.split()[1]}")
+    require(isinstance(quiet, bool), "quiet", quiet, "true or false")
+    parser.start_from(values, f"--study {path}")
 
 
 def config_line(
@@ -1184,14 +1139,14 @@ def read_study(
     path = left if known.out and left.exists() else None
     if known.study: path = Path(known.study)
     parser = study_parser(command or compare)
-    v = start_from_file(parser, read_file(path) if path else {}, f"--study {path}").parse_args(argv)
+    if path: start_from_study(parser, path)
+    v = parser.parse_args(argv)
     lines = [config_line(v.task, said) for said in v.get("configs") or []]
     there = v.variants or []  # those of study.json among them
     v.variants = [*there, *(line for line in lines if line not in there)]
     each = "each [NAME:] ALGORITHM [--setting value ...]"
-    needed = dict(out="a folder for the comparison",
-                  variants="such as --variants neighbor 'wide: neighbor --sigma 0.5', "
-                           f"{each}",
+    variants = f"such as --variants neighbor 'wide: neighbor --sigma 0.5', {each}"
+    needed = dict(out="a folder for the comparison", variants=variants,
                   seeds="such as --seeds 0 1 2")
     for name, what in needed.items():
         require(bool(v[name]), f"--{name}", v[name] or None, what)
@@ -1239,16 +1194,14 @@ def search(
     from neighbor_grpo.lab.search import Search, run_search, space_for
     study, v = read_study(argv, search)
     out, searches = Path(v.out), []
+    own = ("figure", "trials", "apart", "patience", "sampler_seed")
     for side, line in zip(study.variants, v.variants):
         words = shlex.split(v.common) + shlex.split(split_name(line)[1])
         said = {w.partition("=")[0][2:].replace("-", "_") for w in words if w[:2] == "--"}
-        about = dict(figure=v.figure, trials=v.trials)
-        about |= dict(apart=v.apart, patience=v.patience, sampler_seed=v.sampler_seed)
-        space = space_for(side, v.space, said)
-        searches.append(Search(replace(study, variants=(side,)), space, **about))
+        space, asked = space_for(side, v.space, said), {name: v[name] for name in own}
+        searches.append(Search(replace(study, variants=(side,)), space, **asked))
     out.mkdir(parents=True, exist_ok=True)
-    kept = ("task", "variants", "common", "seeds", *AXES, "target", "space", "bounds", "figure",
-            "trials", "apart", "patience", "sampler_seed")
+    kept = ("task", "variants", "common", "seeds", *AXES, "target", "space", "bounds", *own)
     write_atomically(out / "study.json", json.dumps({name: v[name] for name in kept}, indent=1))
     line = f"neighbor-grpo search --out {shlex.quote(str(out))}{plugin_options()}"
     try:
@@ -1273,8 +1226,7 @@ def read_new_pipeline(
     name = f"neighbor-grpo {command.__name__}"
     parser = Parser(prog=name, description=command.__doc__,
                     usage=f"{name} --out DIR [--setting value ...]")
-    parser.add_argument("--out", metavar="DIR",
-                        help="New folder: pipeline, log and model card.")
+    parser.add_argument("--out", metavar="DIR", help="New folder: pipeline, log and model card.")
     parser.add_argument("--quiet", action="store_true", help="Show no progress bars.")
     parser.add_class_arguments(settings)
     v = parser.parse_args(list(argv))
@@ -1317,11 +1269,9 @@ def serve(
     add = parser.add_argument
     add("--rewards",
         help="[WEIGHT*]NAME[@SOURCE], with commas between them; several are added up.")
-    add("--host", default="127.0.0.1",
-        help="Whom to listen to; 0.0.0.0 or :: is everybody.")
+    add("--host", default="127.0.0.1", help="Whom to listen to; 0.0.0.0 or :: is everybody.")
     add("--port", type=int, default=8000, help="Where; 0: any that is free.")
-    add("--device", default="",
-        help="Of the judges; without it the accelerator if there is one.")
+    add("--device", default="", help="Of the judges; without it the accelerator if there is one.")
     v = parser.parse_args(list(argv))
     needed = "the judges, such as hps or clip,0.5*pickscore"
     require(v.rewards is not None, "--rewards", v.rewards, needed)

@@ -94,8 +94,7 @@ class NeighborGRPO(StepAlgorithm):
         "B anchors of each group, each at the group's K steps."
         groups = rollout.x.shape[1]
         members = sample_anchors(groups, self.group_size, self.anchors, generator)
-        steps = choose_steps(groups, self.steps, self.trained_steps, self.train_where,
-                             generator)
+        steps = choose_steps(groups, self.steps, self.trained_steps, self.train_where, generator)
         return States.product(steps, members, rollout.x.device)
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Condition', 'Standardize', 'Reward', 'Surrogate', 'take', 'for_each', 'Rollout', 'States', 'per_state',
-           'choose_steps', 'untrained_steps', 'everyone', 'Settings', 'check_types', 'Watched', 'Algorithm',
+           'choose_steps', 'untrained_steps', 'everyone', 'Settings', 'check_types', 'at_least', 'Watched', 'Algorithm',
            'StepAlgorithm', 'check_settings']
 
 # %% ../nbs/rollouts.ipynb #d0f1f8b0
@@ -179,6 +179,13 @@ def check_types(settings: Settings) -> None:
             require(whole and abs(value) < 2**63, name, value, allowed)
         elif hint is float or value is not None and hint == float | None:
             require(number and math.isfinite(value), name, value, "a finite number")
+
+
+def at_least(settings: Settings, **bounds: float) -> None:
+    "Refuse settings below their bounds, which are integers for settings that are."
+    for name, least in bounds.items():
+        allowed = "an integer " * isinstance(least, int) + f">= {least:g}"
+        require(getattr(settings, name) >= least, name, getattr(settings, name), allowed)
 
 # %% ../nbs/rollouts.ipynb #1649d336
 class Watched:

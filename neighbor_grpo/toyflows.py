@@ -53,8 +53,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int,  # of the output
                  frequencies: int = 16):  # how many, from 1 to about 30 radians
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies),
-                             persistent=False)
+        self.register_buffer("frequencies", torch.logspace(0, 1.5, frequencies), persistent=False)
         layers = nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
         self.net = nn.Sequential(*layers)
 

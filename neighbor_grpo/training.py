@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .flow import Velocity, randn, require, seeded
 from .grpo import SurrogateStats, check_rewards, combine_rewards
 from .penalties import penalties_of
-from .rollouts import (Algorithm, Rollout, States, Watched, check_types,
+from .rollouts import (Algorithm, Rollout, States, Watched, at_least, check_types,
                                     per_state)
 
 # %% ../nbs/training.ipynb #7aa3e30c
@@ -92,8 +92,7 @@ class Plain(Task):
     "A task of somebody who wrote the six members that are needed, and no more."
     def __init__(self, given: Task):  # or an object of any class, with those six members
         self.policy, self.shape, self.prompts = given.policy, given.shape, given.prompts
-        vars(self).update(conditions=given.conditions, reward=given.reward,
-                          evaluate=given.evaluate)
+        vars(self).update(conditions=given.conditions, reward=given.reward, evaluate=given.evaluate)
         members = {name for name in [*vars(Task), *Task.__annotations__] if name[0] != "_"}
         more = sorted(members.intersection(dir(given)).difference(vars(self)))
         allowed = f"an instance of training.Task, for its {', '.join(more)} to count"
@@ -157,13 +156,11 @@ class TrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        for name in "iterations groups updates eval_every checkpoint_every keep".split():
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        at_least(self, iterations=1, groups=1, updates=1, eval_every=1, checkpoint_every=1, keep=1,
+                 lr_decay=0, weight_decay=0.0, kl_weight=0.0, hold_weight=0.0, norm_weight=0.0,
+                 seed=0, micro_batch=0, buffer=0, stop_when_worse=0)
         for name in ("lr", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
-        for name in ("lr_decay", "weight_decay", "kl_weight", "hold_weight", "seed",
-                     "norm_weight", "micro_batch", "buffer", "stop_when_worse"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1)")
         enough = self.lr_decay == 0 or self.iterations <= self.lr_decay
         allowed = f"at most {self.lr_decay}, the lr_decay, where the rate is zero"
@@ -399,8 +396,7 @@ def learn(run: Run, update: Update, advantages: Tensor,  # (P, G)
     apart = [(penalty, own) for penalty, own in pairs if own is not None]
     run.optimizer.zero_grad()
     for states in update.trained.split(size):
-        loss = algorithm.loss(policy, old, states, advantages, update.on_policy,
-                              stats.surrogate)
+        loss = algorithm.loss(policy, old, states, advantages, update.on_policy, stats.surrogate)
         for penalty in near:
             weights = algorithm.distance_weights(old, states)
             loss = loss + penalty.distance(policy, reference, weights)

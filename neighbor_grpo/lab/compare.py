@@ -6,8 +6,8 @@
 __all__ = ['AXES', 'COLORS', 'Variant', 'Bound', 'read_bound', 'Study', 'cost', 'positions', 'progress_of', 'share_of', 'machine',
            'time_variants', 'rates', 'saved_rows', 'pretrain', 'check_figures', 'opened', 'train_run', 'read_at',
            'interval', 'by_run', 'table', 'against', 'write_csv', 'read_csv', 'number', 'title_of', 'verdict',
-           'to_markdown', 'plot_curves', 'write_results', 'how_to_start', 'in_processes', 'claim', 'read_timing',
-           'shares', 'prepare', 'train_all', 'curves', 'run_study']
+           'to_markdown', 'plot_curves', 'write_results', 'how_to_start', 'in_processes', 'check_failures', 'claim',
+           'read_timing', 'shares', 'prepare', 'train_all', 'curves', 'run_study']
 
 # %% ../../nbs/lab/compare.ipynb #fc33c263
 import csv
@@ -443,12 +443,10 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 
 def plot_curves(
     rows: Sequence[dict],  # evaluations, as for `table`
-    figures: Sequence[str] | None = None,  # names of held-out figures; None: all
     path: str | Path | None = None,  # of the picture; None: leave the figure open
-    limits: dict[str, float] | None = None,  # where axes end, by axis; None: with the longest run
 ) -> None:
     "Held-out figures over iterations, forward-equivalents and seconds: means and intervals."
-    figures = figures or [key for key in rows[0] if key not in ("variant", "seed", "held", *AXES)]
+    figures = [key for key in rows[0] if key not in ("variant", "seed", "held", *AXES)]
     size = (9.5, 2.2 * len(figures) + 0.5)
     picture, axes = plt.subplots(len(figures), 3, figsize=size, squeeze=False, sharey="row",
                                  layout="constrained")
@@ -463,9 +461,9 @@ def plot_curves(
                 band = dict(color=style["color"], alpha=0.15, lw=0)
                 axis.fill_between(x, mean - half, mean + half, **band)
     for line, figure in zip(axes, figures): line[0].set_ylabel(figure)
-    for column, (key, label) in zip(axes.T, AXES.items()):
+    for column, label in zip(axes.T, AXES.values()):
         column[-1].set_xlabel(label)
-        for axis in column: axis.set_xlim(0, (limits or {}).get(key))
+        for axis in column: axis.set_xlim(0)
     picture.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6,
                    fontsize=8, frameon=False)
     if path is not None: save_picture(picture, path)
@@ -547,6 +545,12 @@ def in_processes(
         for process in begun: process.kill()
         for process in begun: process.join()
 
+
+def check_failures(failed: dict[str, str]) -> None:
+    "Say what went wrong in processes, if something did."
+    messages = "; ".join(f"{name}: {message}" for name, message in failed.items())
+    if failed: raise RuntimeError(messages)
+
 # %% ../../nbs/lab/compare.ipynb #876a9207
 def claim(
     study: Study,
@@ -599,8 +603,7 @@ def prepare(study: Study, out: Path, jobs: int) -> None:
     if new and not failed:
         calls = {"timing": (time_variants, study, new, nets / str(study.seeds[0]))}
         failed = in_processes(calls, 1, lambda name, measured: timing.update(measured))
-    messages = "; ".join(f"{name}: {message}" for name, message in failed.items())
-    if failed: raise RuntimeError(messages)
+    check_failures(failed)
     if new: write_atomically(out / "timing.json", json.dumps(timing, indent=1))
 
 

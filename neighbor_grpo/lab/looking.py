@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WITHOUT_WEIGHTS', 'judged', 'by_prompt', 'summary', 'Look', 'padded', 'figure_rows', 'as_table', 'as_json',
-           'write_sheet', 'write_animation', 'write_images']
+           'write_sheet', 'write_images']
 
 # %% ../../nbs/lab/looking.ipynb #fd828cca
 import math
@@ -175,15 +175,6 @@ def write_sheet(
     save_picture(figure, path)
 
 
-def write_animation(
-    frames: Tensor,  # (F, 3, H, W) in [0, 1], F >= 1
-    path: Path,  # ends in .webp
-) -> None:
-    "A video as an animated picture without loss, four frames a second, again and again."
-    first, *rest = to_pictures(frames)
-    first.save(path, save_all=True, append_images=rest, duration=250, loop=0, lossless=True)
-
-
 def write_images(
     looks: Sequence[Look],  # with images
     folder: Path,  # new or empty
@@ -201,5 +192,7 @@ def write_images(
         for k, (picture, prompt) in enumerate(zip(pictures, look.seen.prompts)):
             path = folder / f"{title}-{prompts.index(prompt):03d}-{k:04d}.png"
             picture.save(path)
-            if images.ndim == 5 and features.check("webp"):
-                write_animation(images[k], path.with_suffix(".webp"))
+            if images.ndim == 5 and features.check("webp"):  # four frames a second, again and again
+                first, *rest = to_pictures(images[k])
+                first.save(path.with_suffix(".webp"), save_all=True, append_images=rest,
+                           duration=250, loop=0, lossless=True)

@@ -7,7 +7,7 @@ __all__ = ['Values', 'Space', 'LR', 'WHERE', 'SCALE', 'TWICE', 'SPACES', 'Run', 
            'set_by', 'reuse', 'rows', 'settings_in', 'around', 'default_space', 'plain', 'read_space', 'space_for',
            'Search', 'changed', 'within', 'evaluations_of', 'run_once', 'held_out', 'need_optuna', 'as_choice',
            'settings_from', 'nearest', 'Draws', 'trial_rows', 'importances', 'recipe', 'write_search', 'look_at_start',
-           'labor', 'claim', 'read_start', 'failures', 'work', 'run_search']
+           'labor', 'claim', 'read_start', 'work', 'run_search']
 
 # %% ../../nbs/lab/search.ipynb #d72d6d89
 import json
@@ -25,7 +25,7 @@ import torch
 import yaml
 from tqdm.auto import tqdm
 
-from ..rollouts import Algorithm
+from ..rollouts import Algorithm, at_least
 from ..flow import require
 from ..rivals.catalogue import ALGORITHMS, modifiers_of, own_fields
 from ..rivals.modifiers import Modifier, base
@@ -35,8 +35,8 @@ from ..tables import markdown_table
 from ..runs.trainer import Trainer, run_config
 from ..penalties import forward_equivalents, penalties_of
 from ..training import TrainSettings
-from .compare import (Bound, Study, Variant, check_figures, cost, how_to_start,
-                                       in_processes, write_csv)
+from .compare import (Bound, Study, Variant, check_failures, check_figures, cost,
+                                       how_to_start, in_processes, write_csv)
 
 # %% ../../nbs/lab/search.ipynb #7eda8e52
 @dataclass(frozen=True)
@@ -211,10 +211,8 @@ class Search:
         require(budgets == ["evaluations"], "budgets", budgets, "evaluations, and no other")
         require(len(sides) == 1, "variants", sides, "one; search each by itself")
         require(bool(self.space), "space", self.space, "at least one setting")
-        require(self.trials >= 1, "trials", self.trials, "an integer >= 1")
         require(self.apart > 1, "apart", self.apart, "> 1")
-        require(self.patience >= 1, "patience", self.patience, ">= 1")
-        require(self.sampler_seed >= 0, "sampler_seed", self.sampler_seed, "an integer >= 0")
+        at_least(self, trials=1, patience=1.0, sampler_seed=0)
         known = settings_in(self.variant).keys() - {"seed", "iterations", "eval_every"}
         for name, values in self.space.items():
             wrong, allowed = set_by(name, values) - known, ", ".join(sorted(known))
@@ -600,12 +598,6 @@ def read_start(
     return calls
 
 
-def failures(failed: dict[str, str]) -> None:
-    "Say what went wrong in processes, if something did."
-    messages = "; ".join(f"{name}: {message}" for name, message in failed.items())
-    if failed: raise RuntimeError(messages)
-
-
 def work(draws: Draws, nets: Path, workers: int, progress: bool) -> dict[str, str]:
     "Do what is left of the trials; returns what went wrong, by worker."
     search, orders = draws.search, draws.orders()
@@ -640,9 +632,9 @@ def run_search(
     claim(search, out)
     nets = Path(nets) if nets else out / "pretrained"
     with hold_folder(out):
-        failures(in_processes(read_start(search, nets), workers))
+        check_failures(in_processes(read_start(search, nets), workers))
         draws = Draws(search, out)
         failed = work(draws, nets, workers, progress)
         write_search(draws, out)
-    failures(failed)
+    check_failures(failed)
     return draws

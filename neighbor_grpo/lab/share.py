@@ -12,7 +12,8 @@ import re
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, constants, get_token, try_to_load_from_cache
+from huggingface_hub import (HfApi, constants, get_token, metadata_load,
+                             try_to_load_from_cache)
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -55,12 +56,10 @@ def license_of(
             try: cached = HfApi().hf_hub_download(place, "README.md")
             except (OSError, HfHubHTTPError): cached = None
         card = Path(cached or os.devnull)
-    if not card.is_file(): return {}
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
-    try: known = yaml.safe_load(front[1]) if front else {}
-    except yaml.YAMLError: known = {}
+    try: known = metadata_load(card) or {} if card.is_file() else {}
+    except (ValueError, yaml.YAMLError): known = {}
     names = ("license", "license_name", "license_link")
-    return {name: str(known[name]) for name in names if isinstance(known, dict) and name in known}
+    return {name: str(known[name]) for name in names if name in known}
 
 # %% ../../nbs/lab/share.ipynb #6bb39e3a
 LOAD = {True: """from diffusers import DiffusionPipeline

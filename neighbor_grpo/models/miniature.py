@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import trange
 
-from ..rollouts import Settings, check_types, take
+from ..rollouts import Settings, at_least, check_types, take
 from ..flow import (Velocity, interpolate, randn, require, seeded, time_grid,
                                 velocity_target)
 from ..toyflows import one_cycle
@@ -172,12 +172,9 @@ class PretrainSettings:
 
     def __post_init__(self):
         check_types(self)
-        steps = ("vae_steps", "decoder_steps", "steps", "guidance_steps")
-        for name in ("scenes", *steps, "watch_every", "watch_images"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        at_least(self, scenes=1, vae_steps=1, decoder_steps=1, steps=1, guidance_steps=1,
+                 watch_every=1, watch_images=1, guidance=1.0, seed=0)
         require(self.lr > 0, "lr", self.lr, "> 0")
-        require(self.guidance >= 1, "guidance", self.guidance, ">= 1")
-        require(self.seed >= 0, "seed", self.seed, ">= 0")
 
 # %% ../../nbs/models/miniature.ipynb #b5a2140e
 def pretraining_captions(
@@ -585,9 +582,7 @@ class ScenesSettings(PipelineSettings):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "source", absolute(self.source))  # holds in any working directory
-        for name, least in dict(eval_images=48, eval_steps=1).items():
-            require(getattr(self, name) >= least, name, getattr(self, name),
-                    f"an integer >= {least}")
+        at_least(self, eval_images=48, eval_steps=1)
 
 # %% ../../nbs/models/miniature.ipynb #de6deaad
 class ScenesTask(PipelineTask):

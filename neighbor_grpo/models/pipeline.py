@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_TARGETS', 'TEXT_TARGETS', 'MINIATURE', 'PACKAGED', 'Found', 'OTHER_GRIDS', 'ADAPTER', 'check_size', 'Family',
-           'here_or_hub', 'class_of', 'open_pipeline', 'read_inputs', 'write_inputs', 'check_source', 'encode_prompts',
-           'in_chat', 'count_cut', 'decode', 'fixed_shift', 'dynamic_shift', 'shift_of_size', 'PipelineSettings',
-           'add_lora', 'PipelinePolicy', 'WithoutAdapters', 'PipelineTask', 'save_policy']
+           'here_or_hub', 'class_of', 'open_pipeline', 'read_inputs', 'write_inputs', 'check_source', 'put_together',
+           'encode_prompts', 'in_chat', 'count_cut', 'decode', 'fixed_shift', 'dynamic_shift', 'shift_of_size',
+           'PipelineSettings', 'add_lora', 'PipelinePolicy', 'WithoutAdapters', 'PipelineTask', 'save_policy']
 
 # %% ../../nbs/models/pipeline.ipynb #7e28ad44
 import copy
@@ -38,7 +38,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..flow import Shift, require
-from ..rollouts import check_types, take
+from ..rollouts import at_least, check_types, take
 from ..runs.folder import (
     checksum, make_folder, read_sealed, seal, world, write_atomically)
 from ..runs.machine import is_path, quiet, say_asking
@@ -370,6 +370,22 @@ def check_source(
     return None
 
 # %% ../../nbs/models/pipeline.ipynb #13b622db
+def put_together(
+    parts: Iterable[dict[str, Tensor]],  # some rows each, in order
+    count: int,  # rows of all parts
+) -> dict[str, Tensor]:  # count rows each
+    "All rows in memory that is taken once."
+    told: dict[str, Tensor] = {}
+    done = rows = 0
+    for part in parts:
+        for name, value in part.items():
+            if name not in told: told[name] = value.new_empty(count, *value.shape[1:])
+            rows = len(value)
+            told[name][done:done + rows] = value
+        done += rows
+    return told
+
+
 @torch.no_grad()
 def encode_prompts(
     family: Family,
@@ -384,18 +400,19 @@ def encode_prompts(
     require(prompts is None or texts and count > 0, "prompts", prompts,
             "a list of at least one text")
     require(1 <= length <= 512, "max_sequence_length", length, "in [1, 512]")
-    told: dict[str, Tensor] = {}
-    for start in range(0, count, batch):
+
+    def ask(some: list[str] | None) -> dict[str, Tensor]:
         with quiet():
-            if prompts is None: parts = family.encode_negative(pipeline, length)
-            else: parts = family.encode(pipeline, list(prompts[start:start + batch]), length)
-        require(isinstance(parts, dict), f"{type(family).__name__}.encode", type(parts).__name__,
+            if some is None: found = family.encode_negative(pipeline, length)
+            else: found = family.encode(pipeline, some, length)
+        require(isinstance(found, dict), f"{type(family).__name__}.encode", type(found).__name__,
                 "a method that returns a dict of tensors")
-        for name, value in parts.items():
-            dtype = torch.float32 if value.is_floating_point() else value.dtype
-            if name not in told: told[name] = value.new_empty(count, *value.shape[1:], dtype=dtype)
-            told[name][start:start + batch] = value
-    return told
+        return {name: value.float() if value.is_floating_point() else value
+                for name, value in found.items()}
+
+    starts = range(0, count, batch)
+    asked = [None if prompts is None else list(prompts[k:k + batch]) for k in starts]
+    return put_together(map(ask, asked), count)
 
 # %% ../../nbs/models/pipeline.ipynb #feed61e3
 def in_chat(
@@ -521,10 +538,8 @@ class PipelineSettings:
 
     def __post_init__(self):
         check_types(self)
-        at_least = dict(lora_rank=0, lora_alpha=0, batch=0)
-        at_least |= dict(guidance_scale=1, train_guidance_scale=1)
-        for name, least in at_least.items():
-            require(getattr(self, name) >= least, name, getattr(self, name), f">= {least}")
+        at_least(self, lora_rank=0, lora_alpha=0, batch=0, guidance_scale=1.0,
+                 train_guidance_scale=1.0)
         for name in ("lora_alpha", "lora_dual"):
             value = getattr(self, name)
             require(self.lora_rank > 0 or not value, name, value, "unset where lora_rank is 0")

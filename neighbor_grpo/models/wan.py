@@ -12,6 +12,7 @@ from torch import Tensor
 from ..flow import require
 from ..runs.machine import quiet
 from .pipeline import IMAGE_TARGETS, Family, check_size
+from .qwen import unnormalized
 
 # %% ../../nbs/models/wan.ipynb #b3b64299
 with quiet(): from diffusers import WanPipeline, WanTransformer3DModel
@@ -55,9 +56,7 @@ class WanFamily(Family):
                ) -> Tensor:  # (N, frames, 3, H, W) in [0, 1], float32
         "Videos, each channel of whose latents has a mean and a scale."
         vae = pipeline.vae
-        mean, scale = (torch.tensor(values).view(-1, 1, 1, 1).to(latents)
-                       for values in (vae.config.latents_mean, vae.config.latents_std))
-        videos = vae.decode((latents * scale + mean).to(vae.device, vae.dtype)).sample
+        videos = vae.decode(unnormalized(vae, latents).to(vae.device, vae.dtype)).sample
         return pipeline.video_processor.postprocess_video(videos.float(), "pt")
 
 

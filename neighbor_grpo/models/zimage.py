@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..runs.machine import quiet
-from .pipeline import (
-    IMAGE_TARGETS, Family, check_size, in_chat, shift_of_size)
+from .flux import FluxFamily
+from .pipeline import IMAGE_TARGETS, Family, check_size, in_chat
 
 # %% ../../nbs/models/zimage.ipynb #fb96f451
 with quiet(): from diffusers import ZImagePipeline, ZImageTransformer2DModel
@@ -46,10 +46,7 @@ class ZImageFamily(Family):
         check_size(height, width, 2 * scale)
         return pipeline.transformer.config.in_channels, height // scale, width // scale
 
-    def shift(self, pipeline: ZImagePipeline, height: int, width: int, steps: int = 50) -> float:
-        "Fixed, or growing with the number of tokens, as the scheduler says."
-        _, h, w = self.latent_shape(pipeline, height, width)
-        return shift_of_size(pipeline, h * w // 4)
+    shift = FluxFamily.shift  # of as many tokens
 
     def velocity(self, transformer: ZImageTransformer2DModel, x: Tensor, t: Tensor,
                  cond: dict[str, Tensor], scale: float) -> Tensor:

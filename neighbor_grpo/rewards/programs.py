@@ -14,7 +14,7 @@ import os
 import reprlib
 import sys
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..flow import require
+from ..runs.plugins import run_file
 
 # %% ../../nbs/rewards/programs.ipynb #5eb0c767
 def eight_bits(
@@ -161,13 +162,7 @@ def load_file(path: Path) -> ModuleType:
     key = hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:16]
     name = f"neighbor_grpo_reward_{key}"
     if name in sys.modules: return sys.modules[name]
-    module = sys.modules[name] = ModuleType(name)
-    module.__file__ = str(path)
-    try: exec(SourceFileLoader(name, str(path)).source_to_code(content, str(path)), vars(module))
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return run_file(path, content, name, around=nullcontext())
 
 
 def load_function(

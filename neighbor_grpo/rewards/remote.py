@@ -337,9 +337,9 @@ class RewardServer:
     async def front_page(self, request: Request) -> JSONResponse:
         "What is served here, and what a request may be."
         limits = dict(bytes=self.limit, bytes_of_all=self.total, pictures=self.pictures, side=SIDE)
-        request = "POST what neighbor_grpo.rewards.remote.pack_request writes"
+        asked = "POST what neighbor_grpo.rewards.remote.pack_request writes"
         return reply(dict(neighbor_grpo=version("neighbor_grpo"), rewards=self.names,
-                          limits=limits, request=request, token=bool(self.token)))
+                          limits=limits, request=asked, token=bool(self.token)))
 
     def serve_forever(self) -> None:
         "Until SIGINT, SIGTERM or `close`."

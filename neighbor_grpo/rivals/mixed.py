@@ -18,8 +18,8 @@ from ..anchors import sample_subsets
 from ..flow import Generators, Velocity, randn, require, seeded, time_grid
 from ..grpo import surrogate
 from .gaussian import SDEGRPO
-from ..rollouts import (Reward, Rollout, States, Surrogate, everyone, for_each,
-                                    per_state, take)
+from ..rollouts import (Reward, Rollout, States, Surrogate, at_least, everyone,
+                                    for_each, per_state, take)
 from .sde import gaussian_log_prob, solve_sde
 from ..solvers import Trajectory, euler_step, solve
 
@@ -76,8 +76,7 @@ class MixGRPO(SDEGRPO):
     def __post_init__(self):
         super().__post_init__()
         check_own_noise(self)
-        for name in ("window_every", "window_stride"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), ">= 1")
+        at_least(self, window_every=1, window_stride=1)
         require(0 < self.tail_ratio <= 1, "tail_ratio", self.tail_ratio, "in (0, 1]")
 
     @property

@@ -124,8 +124,7 @@ class ShapedAdvantages(Modifier):
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
-        shaped = partial(shape_advantages, power=self.advantage_power,
-                         scale=self.advantage_scale)
+        shaped = partial(shape_advantages, power=self.advantage_power, scale=self.advantage_scale)
         return self.algorithm.advantages(rewards, weights, shaped)
 
 # %% ../../nbs/rivals/modifiers.ipynb #ce0ca5c6
@@ -237,8 +236,7 @@ class ChunkedRatios(Modifier):
     def loss(self, velocity, rollout, states, advantages, on_policy=False,
              surrogate=surrogate):
         size = self.chunk or self.trained_steps
-        inner = partial(self.algorithm.loss, velocity, rollout, states, advantages,
-                        on_policy)
+        inner = partial(self.algorithm.loss, velocity, rollout, states, advantages, on_policy)
         if size == 1: return inner(surrogate)
         count = self.trained_steps
         chunks = partial(chunk_means, steps=states.step, trained_steps=count, chunk=size)

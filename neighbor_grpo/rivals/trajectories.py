@@ -19,7 +19,8 @@ from ..grpo import (check_rewards, combine_rewards, group_advantages,
                                 surrogate)
 from .gaussian import FlowGRPO, SDEGRPO
 from .modifiers import Modifier, base
-from ..rollouts import Algorithm, Rollout, Standardize, States, Surrogate
+from ..rollouts import (Algorithm, Rollout, Standardize, States, Surrogate,
+                                    at_least)
 
 # %% ../../nbs/rivals/trajectories.ipynb #768d5f0b
 def best_of_each(
@@ -61,8 +62,7 @@ class Replay(Modifier):
         most = self.group_size - 1
         allowed = f"an integer in [0, {most}]"
         require(0 <= self.replay <= most, "replay", self.replay, allowed)
-        require(self.memory_size >= 1, "memory_size", self.memory_size, ">= 1")
-        require(self.memory_age >= 1, "memory_age", self.memory_age, ">= 1")
+        at_least(self, memory_size=1, memory_age=1)
         own = base(self)
         # the same steps and times in every iteration
         same = isinstance(own, SDEGRPO) and type(own).follow is SDEGRPO.follow

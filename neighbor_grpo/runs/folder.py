@@ -473,8 +473,8 @@ def settled_rows(
     wrong = [i for i, row in enumerate(saved) if without_clock(rows[i]) != row]
     for i in wrong: rows[i] = saved[i]
     if wrong:
-        found = f"{len(wrong)} of {len(rows)} rows come from checkpoint {last:06d}"
-        warnings.warn(f"{path} is damaged: {found}", stacklevel=2)
+        text = f"{len(wrong)} of {len(rows)} rows come from checkpoint {last:06d}"
+        warnings.warn(f"{path} is damaged: {text}", stacklevel=2)
     return rows
 
 

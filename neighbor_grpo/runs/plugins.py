@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import SourceFileLoader
@@ -93,28 +93,30 @@ def load_plugin(
     there = LOADED.get(path.name, plugin)
     require(there == plugin, "--plugin", str(path),
             f"the same as {there.path}, which is loaded already")
-    if path.name not in LOADED: run_file(path, content)
+    if path.name not in LOADED:
+        name = "neighbor_grpo_plugin_" + re.sub(r"\W", "_", path.stem)
+        require(name not in sys.modules, "--plugin", str(path),
+                "a file with a name unlike that of another plugin")
+        run_file(path, content, name, adding(f"--plugin {path}"))
     return LOADED.setdefault(path.name, plugin)
 
 
 def run_file(
     path: Path,  # of a Python file
     content: bytes,  # of the file, as its checksum was taken
-) -> None:
-    "Run the file as a module."
-    name = "neighbor_grpo_plugin_" + re.sub(r"\W", "_", path.stem)
-    require(name not in sys.modules, "--plugin", str(path),
-            "a file with a name unlike that of another plugin")
-    loader = SourceFileLoader(name, str(path))
-    module = ModuleType(name)
+    name: str,  # of the module
+    around: AbstractContextManager,  # in which it runs
+) -> ModuleType:
+    "Run the file as a module; if it fails, there is none."
+    module = sys.modules[name] = ModuleType(name)
     module.__file__ = str(path)  # where help texts look for docstrings
-    sys.modules[name] = module
     try:
-        with adding(f"--plugin {path}"):
-            exec(loader.source_to_code(content, str(path)), module.__dict__)
+        code = SourceFileLoader(name, str(path)).source_to_code(content, str(path))
+        with around: exec(code, vars(module))
     except BaseException:
         del sys.modules[name]
         raise
+    return module
 
 # %% ../../nbs/runs/plugins.ipynb #3b05e684
 GIVEN: dict[str, Plugin] = {}  # to the command that runs, by file name

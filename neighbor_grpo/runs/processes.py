@@ -80,7 +80,8 @@ def check_world(
     alone = processes == 1 and by_accelerate and "WORLD_SIZE" not in os.environ
     require(not alone, "processes", "1, although MASTER_ADDR announces more",
             "started by `python -m torch.distributed.run`, or `ACCELERATE_USE_CPU=true accelerate "
-            "launch --multi_gpu`: `accelerate launch --cpu` starts one whatever --num_processes says")
+            "launch --multi_gpu`: `accelerate launch --cpu` starts one whatever --num_processes "
+            "says")
 
 # %% ../../nbs/runs/processes.ipynb #076c491b
 def end_with_launcher(

@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..rollouts import check_types
+from ..rollouts import at_least, check_types
 from ..flow import Velocity, randn, require, seeded, time_grid
 from ..toyflows import TimeEmbedding, train_flow
 from ..solvers import solve
@@ -163,9 +163,7 @@ class DigitsSettings:
     def __post_init__(self):
         check_types(self)
         require(0 <= self.target <= 9, "target", self.target, "an integer in 0 ... 9")
-        for name, least in dict(pretrain_steps=1, eval_steps=1, eval_samples=64).items():
-            require(getattr(self, name) >= least, name, getattr(self, name),
-                    f"an integer >= {least}")
+        at_least(self, pretrain_steps=1, eval_steps=1, eval_samples=64)
 
 # %% ../../nbs/tasks/digits.ipynb #08632488
 class DigitsTask(Visible):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from ..flow import Velocity, randn, require, seeded, time_grid
-from ..rollouts import take
+from ..rollouts import at_least, take
 from ..solvers import solve
 from ..rewards.judges import (
     Rewards, absolute_rewards, make_rewards, reward_files, reward_names)
@@ -38,9 +38,10 @@ from ..runs.machine import choose_device
 from ..rewards.programs import Reward
 from ..rewards.signs import diversity, signs_of, velocity_norm
 from ..runs.pictures import Seen, View, draw_panels, image_grid, spread_frames
-from ..models.pipeline import (
+from neighbor_grpo.models.pipeline import (
     Family, PipelinePolicy, PipelineSettings, PipelineTask, WithoutAdapters, absolute, check_source,
-    class_of, count_cut, encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
+    class_of, count_cut, encode_prompts, open_pipeline, put_together, read_inputs, save_policy,
+    write_inputs)
 from ..models.flux import FLUX
 from ..models.flux2 import FLUX2
 from ..models.qwen import QWEN
@@ -98,11 +99,8 @@ class ImagesSettings(PipelineSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        sizes = ("height", "width", "frames", "seen_frames")
-        for name in ("eval_images", "eval_steps", "decode_batch", *sizes):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        for name in ("train_prompts", "min_memory"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        at_least(self, height=1, width=1, frames=1, seen_frames=1, eval_images=1, eval_steps=1,
+                 decode_batch=1, train_prompts=0, min_memory=0.0)
         length = self.max_sequence_length
         require(1 <= length <= 512, "max_sequence_length", length, "in [1, 512]")
         lists = {name: text and absolute_rewards(text)
@@ -259,15 +257,8 @@ def collect(
     dtype: torch.dtype,  # of numbers that have a point
 ) -> dict[str, Tensor]:  # count rows each, on the CPU
     "Put what was encoded together in memory, which is taken once."
-    told: dict[str, Tensor] = {}
-    done = 0
-    for part in parts:
-        for name, value in part.items():
-            value = storable(value, dtype)
-            if name not in told: told[name] = value.new_empty(count, *value.shape[1:])
-            told[name][done:done + len(value)] = value
-        done += len(value)
-    return told
+    stored = ({name: storable(value, dtype) for name, value in part.items()} for part in parts)
+    return put_together(stored, count)
 
 
 def write_encoded(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import figures
-from ..rollouts import check_types
+from ..rollouts import at_least, check_types
 from ..flow import Velocity, randn, require, seeded, time_grid
 from ..toyflows import VelocityMLP, eight_gaussians, train_flow
 from ..solvers import solve
@@ -59,8 +59,7 @@ class ToySettings:
         check_types(self)
         require(0 <= self.target <= 7, "target", self.target, "an integer in 0 ... 7")
         require(self.width > 0, "width", self.width, "a finite number > 0")
-        for name in ("pretrain_steps", "eval_samples", "eval_steps"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        at_least(self, pretrain_steps=1, eval_samples=1, eval_steps=1)
 
 # %% ../../nbs/tasks/toy2d.ipynb #f8d2f10f
 class ToyTask(Visible):
