@@ -60,9 +60,7 @@ def frame(
     return PIL.Image.open(buffer).convert("RGB")
 
 
-def address(
-    picture: PIL.Image.Image,
-) -> str:  # "data:image/webp;base64,…"
+def address(picture: PIL.Image.Image) -> str:  # "data:image/webp;base64,…"
     "A picture as an address that holds it."
     buffer = io.BytesIO()
     picture.save(buffer, format="webp", quality=80, method=6)

@@ -91,8 +91,7 @@ def evaluations(algorithm: Algorithm,
     return tuple(sum(values) for values in zip(own, *more))
 
 
-def forward_equivalents(algorithm: Algorithm,
-                        penalties: Sequence[VelocityPenalty] = ()) -> float:
+def forward_equivalents(algorithm: Algorithm, penalties: Sequence[VelocityPenalty] = ()) -> float:
     "Cost per sample of rollout and one update; with gradient, one counts as three without."
     trained, asked = evaluations(algorithm, penalties)
     return algorithm.nfe_old + 3 * trained + asked

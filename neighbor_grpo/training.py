@@ -237,8 +237,7 @@ class Run:
     over: str = ""
     "Why it ends before its last iteration, if it does."
 
-    def __init__(self, task: Task, algorithm: Algorithm,
-                 settings: TrainSettings = TrainSettings()):
+    def __init__(self, task: Task, algorithm: Algorithm, settings: TrainSettings = TrainSettings()):
         require(isinstance(algorithm, Algorithm), "algorithm", algorithm, "an `Algorithm`, made")
         self.task = task if isinstance(task, Task) else Plain(task)
         self.settings, self.policy = settings, task.policy
@@ -338,8 +337,7 @@ class Run:
         return self.iteration % every == 0 or self.iteration >= self.settings.iterations
 
 # %% ../nbs/training.ipynb #5f917886
-def retrace(velocity: Velocity, rollout: Rollout, trained: States,
-            micro_batch: int) -> Rollout:
+def retrace(velocity: Velocity, rollout: Rollout, trained: States, micro_batch: int) -> Rollout:
     "The rollout, its velocities at trained states computed again in training's batches."
     v = rollout.v.clone()
     for states in trained.split(micro_batch):

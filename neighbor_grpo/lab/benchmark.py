@@ -82,8 +82,7 @@ class Moment(Protocol):
 
 class NetworkClock:
     "Seconds spent inside a network, forwards and backwards, by hooks that leave its results alone."
-    def __init__(self, network: nn.Module,
-                 now: Callable[[], Moment] = time.process_time):
+    def __init__(self, network: nn.Module, now: Callable[[], Moment] = time.process_time):
         self.now, self.calls = now, 0
         self.spans: list[tuple[Moment, Moment]] = []
         self.began: Moment | None = None

@@ -140,9 +140,7 @@ def as_table(
     return padded(markdown_table(["figure", "", *columns], rows, "ll" + "r" * len(columns)))
 
 
-def as_json(
-    looks: Sequence[Look],
-) -> dict:
+def as_json(looks: Sequence[Look]) -> dict:
     "The same for programs; what is not a number is null."
     finite = lambda value: None if isinstance(value, float) and math.isnan(value) else value
     clean = lambda found: {key: finite(value) for key, value in found.items()}

@@ -82,9 +82,7 @@ def warnings_of(
 COLORS = ("#0072B2", "#D55E00", "#008A64", "#B4518D")  # on white and on black
 INK = "#010203"  # stands for the color of the text
 
-def curves(
-    stories: Sequence[Story],
-) -> str:  # SVG
+def curves(stories: Sequence[Story]) -> str:  # SVG
     "Each held-out figure over the iterations, and the reward of the training groups."
     names = [*dict.fromkeys(name for story in stories for row in story.evals for name in row)]
     names = [name for name in names if name != "iteration"]
@@ -116,9 +114,7 @@ def curves(
     return drawn.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
 
 
-def told(
-    stories: Sequence[Story],
-) -> str:
+def told(stories: Sequence[Story]) -> str:
     "In words, where the figures begin and end."
     parts = []
     for story in stories:
@@ -173,9 +169,7 @@ def as_rows(
             f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
-def figures_of(
-    looks: Sequence[Look],
-) -> str:  # HTML
+def figures_of(looks: Sequence[Look]) -> str:  # HTML
     "A row for each figure: what kind it is, its value for each policy, and the difference."
     header, *rows = [[html.escape(cell) for cell in row]
                      for head, body in [figure_rows(looks)] for row in [head, *body]]

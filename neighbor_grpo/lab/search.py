@@ -477,9 +477,7 @@ class Draws:
         self.study.tell(self.begun.pop(trial.number), self.search.value(runs))
 
 # %% ../../nbs/lab/search.ipynb #64e9abe2
-def trial_rows(
-    draws: Draws,
-) -> list[dict[str, Any]]:  # the best first
+def trial_rows(draws: Draws) -> list[dict[str, Any]]:  # the best first
     "Each trial that is done: its settings, and means over its runs."
     search, found = draws.search, []
     names = [key for name, values in search.space.items() for key in sorted(set_by(name, values))]

@@ -373,10 +373,7 @@ def draw_images(
     return solve_images(pipeline, velocity, captions, steps, seed, method)[0]
 
 # %% ../../nbs/models/miniature.ipynb #c7a94dfa
-def cycle(
-    captions: list[Caption],
-    count: int,
-) -> list[Caption]:  # count of them
+def cycle(captions: list[Caption], count: int) -> list[Caption]:  # count of them
     "A fixed choice of captions, each as often as the others, give or take one."
     order = torch.randperm(len(captions), generator=seeded(0)).tolist()
     return [captions[order[i % len(order)]] for i in range(count)]

@@ -464,9 +464,7 @@ def decode(
 OTHER_GRIDS = ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
                "stochastic_sampling")
 
-def fixed_shift(
-    pipeline: DiffusionPipeline,
-) -> float:  # s > 0, for `time_grid`
+def fixed_shift(pipeline: DiffusionPipeline) -> float:  # s > 0, for `time_grid`
     "The time shift of the pipeline's scheduler."
     scheduler, config = pipeline.scheduler, pipeline.scheduler.config
     name = f"a {type(scheduler).__name__}"

@@ -33,10 +33,7 @@ def plain_text(text: str) -> str:
     return "".join(text.split()).lower()
 
 
-def reading_score(
-    read: str,
-    wanted: str,
-) -> float:  # in [0, 1]
+def reading_score(read: str, wanted: str) -> float:  # in [0, 1]
     "1 - edit distance / length; 1 where what is read contains what is wanted."
     from rapidfuzz.distance import Levenshtein
     read, wanted = plain_text(read), plain_text(wanted)

@@ -52,9 +52,7 @@ SIDE = 16384  # pixels along a side of a picture that travels
 BYTES = "application/octet-stream"
 
 
-def one_line(
-    error: BaseException,
-) -> str:  # at most 300 letters
+def one_line(error: BaseException) -> str:  # at most 300 letters
     "What an error says, in one line."
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
@@ -99,9 +97,7 @@ def read_header(
     return prompts, records, str(about["request"])
 
 
-def unpack_request(
-    body: bytes,
-) -> tuple[list[Image.Image], list[str], list[dict], str]:
+def unpack_request(body: bytes) -> tuple[list[Image.Image], list[str], list[dict], str]:
     "The pictures, prompts, records and number of a request."
     prompts, records, request = read_header(body)
     images = load(body)
@@ -371,9 +367,7 @@ class Nonsense(Unavailable):
     "An answer that cannot be used."
 
 
-def trusted(
-    url: str,
-) -> ssl.SSLContext | bool:  # True: the authorities of the system
+def trusted(url: str) -> ssl.SSLContext | bool:  # True: the authorities of the system
     "Whom to trust: the authorities in the file or folder that the environment names."
     if url.startswith("http:"):
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # is not used, and opens fast

@@ -101,11 +101,7 @@ def make(
     return modified(algorithm, *along, **theirs)
 
 
-def check_known(
-    settings: dict[str, object],
-    known: set[str],
-    whose: str,
-) -> None:
+def check_known(settings: dict[str, object], known: set[str], whose: str) -> None:
     "Refuse settings that nobody has."
     unknown = sorted(settings.keys() - known)
     allowed = f"those of {whose}: {', '.join(sorted(known)) or 'none'}"

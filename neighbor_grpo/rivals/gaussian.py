@@ -120,8 +120,7 @@ class SDEGRPO(StepAlgorithm):
         old = log_prob.detach() if on_policy else self.log_prob(rollout, states, v_old)
         return -surrogate(log_prob, old, states.of_candidates(advantages), self.clip_range)
 
-    def gaussian(self, rollout: Rollout, states: States,
-                 v: Tensor) -> tuple[Tensor, Tensor]:
+    def gaussian(self, rollout: Rollout, states: States, v: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and standard deviation of the trained steps along `v`."
         t_max = states.select_step(rollout.ts[1:2].expand_as(rollout.ts))
         return self.step(states.select(rollout.x), v, *states.times(rollout.ts), t_max)

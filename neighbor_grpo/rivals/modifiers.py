@@ -155,8 +155,7 @@ class GuardedRatios(Modifier):
     """GRPO-Guard: centered log-ratios, scaled by a step's noise; its loss divided by its
     length."""
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False,
-             surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         watched, (t, t_next) = Watched(velocity), states.times(rollout.ts)
         std = states.select_step(self.algorithm.response(rollout.ts)[1])
 
@@ -186,8 +185,7 @@ class MaskedRatios(Modifier):
         plain = GuardedRatios not in kinds(self.algorithm)
         require(plain, type(self).__name__, "around GuardedRatios", "inside of it")
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False,
-             surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         watched = Watched(velocity)
 
         def masked(log_prob, old, gains, clip_range, weight=1.0, entropy=None):
@@ -233,8 +231,7 @@ class ChunkedRatios(Modifier):
         "Whole candidates; of an empty window there is nothing to hold together."
         return max(1, self.trained_steps)
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False,
-             surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         size = self.chunk or self.trained_steps
         inner = partial(self.algorithm.loss, velocity, rollout, states, advantages, on_policy)
         if size == 1: return inner(surrogate)
@@ -276,8 +273,7 @@ class TimeWeights(Modifier):
         allowed = "'equal' for steps without noise"
         require(not noiseless, "time_weight", self.time_weight, allowed)
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False,
-             surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         move, std = self.algorithm.response(rollout.ts)
         equal = self.time_weight == "equal"
         weights = equal_pull(move / std) if equal else std / std.mean(0)
@@ -398,8 +394,7 @@ class KeptGraphs(Modifier):
         assert isinstance(rollout, KeptRollout)  # of `follow`
         return rollout.trained
 
-    def loss(self, velocity, rollout, states, advantages, on_policy=False,
-             surrogate=surrogate):
+    def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         good, allowed = on_policy and len(states) == len(rollout.trained), "1, 'policy', 0"
         require(good, "updates, collector, micro_batch", "others, or a replay", allowed)
         asked = velocity

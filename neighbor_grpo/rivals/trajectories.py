@@ -95,8 +95,7 @@ class Replay(Modifier):
         mixed = replace(rollout, x=x, v=v, replayed=replayed if replayed.any() else None)
         return mixed, rewards, news
 
-    def news(self, rollout: Rollout, rewards: Tensor,
-             prompts: Tensor) -> dict[str, Tensor]:
+    def news(self, rollout: Rollout, rewards: Tensor, prompts: Tensor) -> dict[str, Tensor]:
         """The best candidates of each group, a row each: prompt, reward, states `(N, T+1,
         *shape)` and velocities."""
         order = single(rewards).argsort(dim=1, descending=True, stable=True)

@@ -69,9 +69,7 @@ def first_alone(
     return together(action if world()[0] == 0 else lambda: None)[0]
 
 # %% ../../nbs/runs/folder.ipynb #0000000a
-def sync_folder(
-    folder: Path,
-) -> None:
+def sync_folder(folder: Path) -> None:
     "Wait until the names in a folder are on the disk, where the system can do that."
     try: handle = os.open(folder, os.O_RDONLY)
     except PermissionError: return  # Windows
@@ -81,19 +79,14 @@ def sync_folder(
     finally: os.close(handle)
 
 
-def make_folder(
-    folder: Path,
-) -> None:
+def make_folder(folder: Path) -> None:
     "Make a folder and the parents that it lacks; their names are on the disk afterwards."
     if not folder.parent.exists(): make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
 
-def write_synced(
-    path: Path,
-    content: bytes,
-) -> None:
+def write_synced(path: Path, content: bytes) -> None:
     """Write a new file, and wait until its bytes are on the disk. A link under this name is
     replaced."""
     path.unlink(missing_ok=True)
@@ -103,10 +96,7 @@ def write_synced(
         os.fsync(f.fileno())
 
 
-def write_atomically(
-    path: Path,
-    content: str | bytes,
-) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     "Write so that a reader finds the old content or the new one, also after a power cut."
     partial = path.with_name(f".{path.name}.partial")
     write_synced(partial, content.encode() if isinstance(content, str) else content)
@@ -139,9 +129,7 @@ def save_tensors_atomically(
     sync_folder(path.parent)
 
 
-def load_tensors(
-    path: Path,
-) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     "The tensors of a file, as copies: the file is not in use afterwards."
     with safe_open(path, "pt") as f: return {name: f.get_tensor(name).clone() for name in f.keys()}
 
@@ -267,9 +255,7 @@ def hold_folder(
         if path and world()[0] == 0: lock_of(path, os.getpid()).release()
 
 # %% ../../nbs/runs/folder.ipynb #00000017
-def checksum(
-    path: Path,
-) -> str:  # 64 hexadecimal digits
+def checksum(path: Path) -> str:  # 64 hexadecimal digits
     "SHA-256 of a file, which is read in pieces."
     digest = hashlib.sha256()
     with open(path, "rb") as f:

@@ -158,9 +158,7 @@ def snapshot_of(
     return Snapshot(folder, name, every, **more) if folder else None
 
 # %% ../../nbs/runs/state.ipynb #9f78b85f
-def trained_state(
-    network: nn.Module,
-) -> dict[str, Tensor]:
+def trained_state(network: nn.Module) -> dict[str, Tensor]:
     "The state of a network, without the weights that are not trained."
     weights = network.named_parameters(remove_duplicate=False)
     kept = {name for name, weight in weights if weight.requires_grad}

@@ -129,11 +129,7 @@ def split_prompts(
     return train, held, {prompt: records[prompt] for prompt in train + held}
 
 # %% ../../nbs/tasks/images.ipynb #504dcdba
-def say_held(
-    settings: ImagesSettings,
-    train: list[str],
-    held: list[str],
-) -> None:
+def say_held(settings: ImagesSettings, train: list[str], held: list[str]) -> None:
     "One line on standard error if a file gives some of its prompts to evaluation."
     if settings.prompts and not settings.held_out:
         print(f"{settings.prompts}: {len(train)} prompts to train on; "

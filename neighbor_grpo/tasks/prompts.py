@@ -16,9 +16,7 @@ from pathlib import Path
 from ..flow import require
 
 # %% ../../nbs/tasks/prompts.ipynb #c0000010
-def read_text(
-    path: Path,
-) -> str:  # lines end with \n
+def read_text(path: Path) -> str:  # lines end with \n
     "The text of a UTF-8 file."
     number = lambda before: len(re.findall(b"\r\n?|\n", before)) + 1
     data = path.read_bytes()
@@ -33,9 +31,7 @@ def read_text(
 # %% ../../nbs/tasks/prompts.ipynb #c0000012
 CSV_FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"|([^",\n]*))(,|\n|\Z)')
 
-def csv_rows(
-    text: str,
-) -> Iterator[tuple[int, list[str]]]:  # line of a row, from 1; its fields
+def csv_rows(text: str) -> Iterator[tuple[int, list[str]]]:  # line of a row, from 1; its fields
     "The rows of a table by RFC 4180."
     place, line, first, row = 0, 1, 1, []
     while not row or place < len(text) or text[place - 1] == ",":
@@ -52,9 +48,7 @@ def csv_rows(
         row, first = [], line
 
 
-def tsv_rows(
-    text: str,
-) -> Iterator[tuple[int, list[str]]]:  # line of a row, from 1; its fields
+def tsv_rows(text: str) -> Iterator[tuple[int, list[str]]]:  # line of a row, from 1; its fields
     "The rows of a table without quoting."
     return ((line, row.split("\t")) for line, row in enumerate(text.split("\n"), 1))
 
@@ -82,9 +76,7 @@ def refuse_constant(name: str) -> object:
 # an object as pairs, a list as a list
 JSON = json.JSONDecoder(object_pairs_hook=tuple, parse_constant=refuse_constant)
 
-def json_lines(
-    text: str,
-) -> Iterator[tuple[int, object]]:  # line, from 1; what stands in it
+def json_lines(text: str) -> Iterator[tuple[int, object]]:  # line, from 1; what stands in it
     "JSON, one value in each line that is not empty."
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip(): continue
