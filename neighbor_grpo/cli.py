@@ -574,8 +574,7 @@ def report(
     commands = {f"sample {folder}": "draw samples again",
                 f"evaluate {folder}": "print the held-out figures again",
                 f"report {folder} --out {folder}.html": "curves and samples in one file"}
-    if pipeline:
-        commands[f"save {folder}"] = "write the weights as plain diffusers opens them"
+    if pipeline: commands[f"save {folder}"] = "write the weights as plain diffusers opens them"
     if further <= settings.lr_decay or not settings.lr_decay:
         commands[f"train --out {folder} --resume --iterations {further}"] = "go on"
     for line, what in commands.items():

@@ -33,8 +33,7 @@ def take(
     "Pick rows of a condition, whatever its structure."
     if cond is None: return cond
     if isinstance(cond, Tensor): return cond[rows.to(cond.device)]
-    if isinstance(cond, dict):
-        return type(cond)((k, take(v, rows)) for k, v in cond.items())
+    if isinstance(cond, dict): return type(cond)((k, take(v, rows)) for k, v in cond.items())
     if isinstance(cond, (list, tuple)): return type(cond)(take(v, rows) for v in cond)
     allowed = "None, a tensor, or a dict, list or tuple of tensors"
     raise ValueError(f"cond must be {allowed}, got {type(cond).__name__!r}")

@@ -25,7 +25,8 @@ from ..rollouts import Algorithm
 from .benchmark import (CostTask, Moment, NetworkClock, StreamTime, as_markdown,
                                          summaries, timed_rounds, wall_time)
 from ..flow import require
-from ..models.pipeline import Family, PipelinePolicy, PipelineSettings, decode
+from ..models.pipeline import (Family, PipelinePolicy, PipelineSettings, check_size,
+                                           decode)
 from ..models.sd3 import SD3
 from ..models.flux import FLUX
 from ..models.flux2 import FLUX2
@@ -270,9 +271,7 @@ class RandomTask(CostTask):
                  decode_batch: int = 0,  # latents for a random decoder at once; 0: no decoder
                  judge: Callable[[Tensor], Tensor] = mean_of_each):  # (N, ...) -> (N,)
         require(model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
-        for name, value in dict(height=height, width=width).items():
-            unit = max(16, MODELS[model].scale)
-            require(value > 0 and value % unit == 0, name, value, f"a multiple of {unit}")
+        check_size(height, width, max(16, MODELS[model].scale))
         chosen, self.device = MODELS[model], torch.device(device)
         self.decode_batch, self.judge = decode_batch, judge
         torch.manual_seed(0)

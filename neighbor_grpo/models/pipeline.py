@@ -41,7 +41,7 @@ from ..flow import Shift, require
 from ..rollouts import at_least, check_types, take
 from ..runs.folder import (
     checksum, make_folder, read_sealed, seal, world, write_atomically)
-from ..runs.machine import is_path, quiet, say_asking
+from ..runs.machine import import_extra, is_path, quiet, say_asking
 from ..runs.pictures import Visible
 
 # %% ../../nbs/models/pipeline.ipynb #5385ba25
@@ -577,10 +577,7 @@ def quantize(
     kind: str,  # int8 or nf4
 ) -> None:
     "Replace linear layers of blocks by frozen ones, which pack their weights on their device."
-    try: import bitsandbytes.nn as packed
-    except ImportError as e:
-        text = "quantize needs bitsandbytes: pip install 'neighbor_grpo[quantized]'"
-        raise ImportError(text) from e
+    packed = import_extra("bitsandbytes.nn", "quantize needs bitsandbytes", "quantized")
     warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")  # to float16
     make = partial(packed.Linear4bit, quant_type=kind)
     pack = partial(packed.Params4bit, quant_type=kind)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Loaded', 'OPEN_CLIP_NAMES', 'REWARDS', 'middle', 'pixels_of', 'transformers_view', 'openai_view', 'padded_view',
-           'load_local_or_hub', 'load_clip', 'open_tokenizer', 'fix_text', 'CLIPJudge', 'CLIPScore', 'PickScore',
-           'from_open_clip', 'open_clip_config', 'read_checkpoint', 'HPSv21', 'Aesthetic', 'spelled_out',
-           'parse_rewards', 'absolute_rewards', 'reward_files', 'reward_names', 'make_rewards', 'Rewards']
+           'load_local_or_hub', 'load_clip', 'open_tokenizer', 'CLIPJudge', 'CLIPScore', 'PickScore', 'from_open_clip',
+           'open_clip_config', 'read_checkpoint', 'HPSv21', 'Aesthetic', 'spelled_out', 'parse_rewards',
+           'absolute_rewards', 'reward_files', 'reward_names', 'make_rewards', 'Rewards']
 
 # %% ../../nbs/rewards/judges.ipynb #b5bb2eed
 import html
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..flow import require
-from ..runs.machine import is_path, quiet, say_asking
+from ..runs.machine import import_extra, is_path, quiet, say_asking
 from .programs import (
     Compressibility, FunctionReward, Reward, as_reward, check_scores)
 from .ocr import OCR
@@ -129,15 +129,6 @@ def open_tokenizer(
                              source, "a CLIP tokenizer", f"hf download {hub}")
 
 # %% ../../nbs/rewards/judges.ipynb #c967546a
-def fix_text(judge: str) -> Callable[[str], str]:
-    "What ftfy does to a text, or how to get it."
-    try: import ftfy
-    except ImportError as e:
-        text = f"{judge} cleans prompts with ftfy: pip install 'neighbor_grpo[rewards]'"
-        raise ImportError(text) from e
-    return ftfy.fix_text
-
-
 class CLIPJudge(Reward):
     "The cosine of CLIP's embeddings of picture and prompt, times a factor."
     source = "FOLDER"
@@ -153,7 +144,9 @@ class CLIPJudge(Reward):
                  dtype: torch.dtype = torch.float32,  # of the network; scores are float32
                  batch: int = 32):  # pictures or texts at once
         require(isinstance(batch, int) and batch >= 1, "batch", batch, "an integer >= 1")
-        self.fix: Callable[[str], str] = fix_text(type(self).__name__) if self.cleans else str
+        if self.cleans:
+            why = f"{type(self).__name__} cleans prompts with ftfy"
+            self.fix: Callable[[str], str] = import_extra("ftfy", why, "rewards").fix_text
         self.device, self.dtype, self.batch = torch.device(device), dtype, batch
         source = str(source or self.HUB)
         self.model = load_local_or_hub(lambda offline: self.load(source, offline), source,

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..flow import require
 from .programs import Reward
+from ..runs.machine import import_extra
 
 # %% ../../nbs/rewards/ocr.ipynb #f48d3252
 def wanted_text(
@@ -44,11 +45,9 @@ def reading_score(read: str, wanted: str) -> float:  # in [0, 1]
 class OCR(Reward):
     "How much of the wanted text a picture shows, in [0, 1]."
     def __init__(self):
-        try: from rapidocr import RapidOCR
-        except ImportError as e:
-            raise ImportError("ocr reads with RapidOCR: pip install 'neighbor_grpo[ocr]'") from e
+        rapidocr = import_extra("rapidocr", "ocr reads with RapidOCR", "ocr")
         size = {"Det.limit_type": "max", "Det.limit_side_len": 960}  # pictures are not enlarged
-        self.reader = RapidOCR(params={"Global.log_level": "critical", **size})
+        self.reader = rapidocr.RapidOCR(params={"Global.log_level": "critical", **size})
 
     def read(self, picture: Image.Image) -> str:
         "All texts in a picture, one after the other."

@@ -38,6 +38,7 @@ import uvicorn
 from PIL import Image
 from safetensors.torch import load, save
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
@@ -149,13 +150,6 @@ def checked_url(
     return url
 
 # %% ../../nbs/rewards/remote.ipynb #9114b579
-class Refused(Exception):
-    "A request that is not judged: the status and the reason."
-    def __init__(self, status: int, reason: str):
-        super().__init__(reason)
-        self.status = status
-
-
 class Server(uvicorn.Server):
     "Accepts one connection at a time, and keeps others waiting."
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -278,7 +272,7 @@ class RewardServer:
             loop = asyncio.get_running_loop()
             self.jobs.put((loop, future := loop.create_future(), parts[0]))
             status, content = await future
-        except Refused as e: status, content = e.status, dict(error=str(e))
+        except HTTPException as e: status, content = e.status_code, dict(error=e.detail)
         except ClientDisconnect: status, content = 400, dict(error="the request ends in the middle")
         except TimeoutError:
             status, content = 408, dict(error=f"not sent within {self.seconds:g} s")
@@ -293,7 +287,7 @@ class RewardServer:
         if refusal and "expect" in request.headers: raise refusal  # the body is not on its way
         async for part in request.stream():
             if not refusal and self.held + len(part) > self.total:
-                refusal = Refused(503, "too many bytes at once")
+                refusal = HTTPException(503, "too many bytes at once")
             if refusal: self.release(parts)
             else:
                 self.held += len(part)
@@ -307,28 +301,28 @@ class RewardServer:
         self.held -= sum(map(len, parts))
         parts.clear()
 
-    def refusal(self, request: Request) -> Refused | None:
+    def refusal(self, request: Request) -> HTTPException | None:
         "Why a request is refused for its head, if it is."
         head = request.headers
         given, length = head.get("authorization", ""), head.get("content-length", "")
         if self.token and not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
-            return Refused(401, f"a token is needed: set {TOKEN} to that of the server")
+            return HTTPException(401, f"a token is needed: set {TOKEN} to that of the server")
         if head.get("content-type", BYTES) != BYTES or "content-encoding" in head:
-            return Refused(415, f"a request must be {BYTES}, without an encoding")
-        if not length.isdecimal(): return Refused(411, "a request needs a Content-Length")
+            return HTTPException(415, f"a request must be {BYTES}, without an encoding")
+        if not length.isdecimal(): return HTTPException(411, "a request needs a Content-Length")
         if len(length) > 18 or int(length) > self.limit:
-            return Refused(413, f"a request of more than {self.limit} bytes")
+            return HTTPException(413, f"a request of more than {self.limit} bytes")
         return None
 
     def inspect(self, body: bytes) -> None:
         "Refuse a body that has too many pictures, or is not what `pack_request` writes."
         size = int.from_bytes(body[:8], "little")
         if 2**23 < size <= len(body):
-            raise Refused(413, "a request with more than 8 MiB of texts and sizes")
+            raise HTTPException(413, "a request with more than 8 MiB of texts and sizes")
         if body.count(b'"dtype"', 8, 8 + min(size, 2**23)) > self.pictures:
-            raise Refused(413, f"a request of more than {self.pictures} pictures")
+            raise HTTPException(413, f"a request of more than {self.pictures} pictures")
         try: read_header(body)
-        except Exception as e: raise Refused(400, one_line(e)) from e
+        except Exception as e: raise HTTPException(400, one_line(e)) from e
 
     async def front_page(self, request: Request) -> JSONResponse:
         "What is served here, and what a request may be."
@@ -443,8 +437,7 @@ def reason_of(
 ) -> BaseException:  # the innermost
     "The error that is behind another one."
     first = lambda e: next(iter(vars(e).get("exceptions", ())), None)  # of a group
-    while inner := error.__cause__ or error.__context__ or first(error):
-        error = inner
+    while inner := error.__cause__ or error.__context__ or first(error): error = inner
     return error
 
 # %% ../../nbs/rewards/remote.ipynb #c8bd130d

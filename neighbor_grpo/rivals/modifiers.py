@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ def kinds(
     return [type(algorithm), *kinds(algorithm.algorithm)]
 
 
-def inside(name: str) -> property:
-    "A member that the algorithm inside answers for."
+def inside(name: str) -> Any:
+    "A member that the algorithm inside answers for: a property, of a method too."
     return property(attrgetter(f"algorithm.{name}"))
 
 
@@ -72,21 +72,11 @@ class Modifier(StepAlgorithm):
     has_ratio, frozen_reference = inside("has_ratio"), inside("frozen_reference")
     together, nfe_old, nfe_theta = map(inside, ("together", "nfe_old", "nfe_theta"))
     steps, trained_steps, untrained = map(inside, ("steps", "trained_steps", "untrained"))
+    starts, follow, advantages = map(inside, ("starts", "follow", "advantages"))
+    choose, loss, recall, remember = map(inside, ("choose", "loss", "recall", "remember"))
+    distance_weights, response, drift = map(inside, ("distance_weights", "response", "drift"))
 
-    def starts(self, noise, count, generator=None):
-        return self.algorithm.starts(noise, count, generator)
-    def follow(self, *arguments): return self.algorithm.follow(*arguments)
-    def advantages(self, *arguments, **named):
-        return self.algorithm.advantages(*arguments, **named)
-    def choose(self, *arguments): return self.algorithm.choose(*arguments)
-    def loss(self, *arguments, **named): return self.algorithm.loss(*arguments, **named)
     def fitted(self, shift_at): return replace(self, algorithm=self.algorithm.fitted(shift_at))
-    def recall(self, *arguments): return self.algorithm.recall(*arguments)
-    def remember(self, *arguments): return self.algorithm.remember(*arguments)
-    def distance_weights(self, *arguments):
-        return self.algorithm.distance_weights(*arguments)
-    def response(self, ts): return self.algorithm.response(ts)
-    def drift(self, *arguments): return self.algorithm.drift(*arguments)
 
 # %% ../../nbs/rivals/modifiers.ipynb #94f5a9d7
 def shape_advantages(

@@ -172,8 +172,7 @@ class TMPO(SDEGRPO):
                    standardize: Standardize = group_advantages) -> Tensor:
         """`(P, G[, R]) -> (P, G)`: the target's logits, `beta` times the centered reward;
         their softmax is q."""
-        if self.standardise:
-            return self.beta * super().advantages(rewards, weights, standardize)
+        if self.standardise: return self.beta * super().advantages(rewards, weights, standardize)
         allowed = "True where a modifier shapes standardized rewards"
         require(standardize is group_advantages, "standardise", False, allowed)
         rewards = combine_rewards(rewards, weights, check_rewards)

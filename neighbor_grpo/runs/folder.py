@@ -314,6 +314,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path,  # where the numbered folders are, in the run folder
                  keep: int = 2):  # how many to keep, the newest
         self.folder, self.keep = Path(folder), keep
+        self.partial = self.folder / ".partial"  # where a checkpoint is written
         self.networks: dict[str, str] | None = None  # beside it: checksums by name; None: not read
 
     def numbers(self) -> list[int]:
@@ -324,11 +325,6 @@ class Checkpoints:
     def folder_of(self, number: int) -> Path:
         "The folder of one checkpoint."
         return self.folder / f"{number:06d}"
-
-    @property
-    def partial(self) -> Path:
-        "Where a checkpoint is written."
-        return self.folder / ".partial"
 
     def save(self, iteration: int,
              tensors: dict[str, dict[str, Tensor]],  # by file, then by name

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'FILES', 'quiet', 'switched_on', 'find_accelerator', 'check_memory', 'choose_device', 'is_path',
-           'say_asking']
+           'import_extra', 'say_asking']
 
 # %% ../../nbs/runs/machine.ipynb #78520e0c
 import difflib
+import importlib
 import os
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,6 +98,13 @@ def is_path(
     first = str(source).split("/")[0]
     known = bool(difflib.get_close_matches(first.lower(), FOLDERS, cutoff=0.8))
     return known or Path(first).is_dir() or str(source).lower().endswith(FILES)
+
+
+def import_extra(module: str, why: str, extra: str) -> Any:
+    "A module of a library that an extra of this package brings; or why, and how to get it."
+    try: return importlib.import_module(module)
+    except ImportError as e:
+        raise ImportError(f"{why}: pip install 'neighbor_grpo[{extra}]'") from e
 
 
 def say_asking(source: str) -> None:

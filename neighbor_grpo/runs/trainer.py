@@ -26,6 +26,7 @@ from ..rollouts import Algorithm
 from .folder import (Checkpoints, append_row, first_alone, gather, hold_folder,
                                        load_or_train, open_run, settled_rows, to_line,
                                        without_clock, world, write_atomically)
+from .machine import import_extra
 from .pictures import plot_run
 from .state import (average_gradients, flat_optimizer, join_parts,
                                       load_optimizer, load_trained, own_tensors,
@@ -113,13 +114,10 @@ class Trainer(Run):
             self.average.multi_avg_fn = lambda old, *more: (
                 average(old, *more) if old[0].is_floating_point() else None)
         if self.settings.optimizer == "adamw": return super().make_optimizer()
-        try: from bitsandbytes.optim import AdamW8bit
-        except ImportError as e:
-            text = "adamw8bit needs bitsandbytes: pip install 'neighbor_grpo[quantized]'"
-            raise ImportError(text) from e
+        packed = import_extra("bitsandbytes.optim", "adamw8bit needs bitsandbytes", "quantized")
         s = self.settings
         self.trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        self.optimizer = AdamW8bit(self.trained, s.lr, weight_decay=s.weight_decay)
+        self.optimizer = packed.AdamW8bit(self.trained, s.lr, weight_decay=s.weight_decay)
 
     def gather(self, value: object) -> list:
         "A value from every process, in their order."
