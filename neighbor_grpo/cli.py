@@ -577,8 +577,7 @@ def report(
     if pipeline: commands[f"save {folder}"] = "write the weights as plain diffusers opens them"
     if further <= settings.lr_decay or not settings.lr_decay:
         commands[f"train --out {folder} --resume --iterations {further}"] = "go on"
-    for line, what in commands.items():
-        print(f"  neighbor-grpo {line}{plugin_options()}  # {what}")
+    for line, what in commands.items(): print(f"  neighbor-grpo {line}{plugin_options()}  # {what}")
 
 # %% ../nbs/launch.ipynb #d5d88bef
 def print_figures(
@@ -1147,8 +1146,7 @@ def read_study(
     variants = f"such as --variants neighbor 'wide: neighbor --sigma 0.5', {each}"
     needed = dict(out="a folder for the comparison", variants=variants,
                   seeds="such as --seeds 0 1 2")
-    for name, what in needed.items():
-        require(bool(v[name]), f"--{name}", v[name] or None, what)
+    for name, what in needed.items(): require(bool(v[name]), f"--{name}", v[name] or None, what)
     require(v.jobs >= 1, "--jobs", v.jobs, "an integer >= 1")
     sides, tasks = zip(*(read_variant(v.task, line, v.common) for line in v.variants))
     same = f"the same task for all: {tasks[0]}"

@@ -258,9 +258,8 @@ def from_open_clip(
 # %% ../../nbs/rewards/judges.ipynb #64a33cd3
 def open_clip_config(
     state: dict[str, Tensor],  # a ViT in open_clip's names
-    head_width: int = 80,  # of the vision transformer; 64 for text
 ) -> "transformers.CLIPConfig":
-    "The configuration that fits the shapes of the weights."
+    "The configuration that fits the shapes of the weights; heads of 80 for vision, 64 for text."
     def tower(prefix: str, width: int, head: int) -> dict:
         layers = sum(name.startswith(prefix) and name.endswith("attn.in_proj_weight")
                      for name in state)
@@ -271,7 +270,7 @@ def open_clip_config(
     width, _, _, patch = state["visual.conv1.weight"].shape
     words, text_width = state["token_embedding.weight"].shape
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
-    vision = dict(tower("visual.transformer.resblocks", width, head_width), image_size=side * patch,
+    vision = dict(tower("visual.transformer.resblocks", width, 80), image_size=side * patch,
                   patch_size=patch)
     text = dict(tower("transformer.resblocks", text_width, 64),
                 max_position_embeddings=len(state["positional_embedding"]), vocab_size=words,

@@ -32,8 +32,7 @@ ALGORITHMS: dict[str, type] = {
     "op": OPGRPO,
     "nft": DiffusionNFT, "vgrpo": VGRPO,
     "awm": AWM, "dgpo": DGPO, "ram": RAM,
-    "tmpo": TMPO, "fdfo": FDFO,
-}
+    "tmpo": TMPO, "fdfo": FDFO}
 
 # %% ../../nbs/rivals/catalogue.ipynb #7481f659
 MODIFIERS: dict[str, type] = {

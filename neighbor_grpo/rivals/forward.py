@@ -17,6 +17,7 @@ from ..flow import (Generators, Velocity, denoised, interpolate, randn, require,
                                 time_grid)
 from ..grpo import combine_rewards, group_advantages, surrogate
 from ..neighbors import neighbor_noise
+from .gaussian import SDEGRPO
 from ..rollouts import (Algorithm, Reward, Rollout, Standardize, States,
                                     Surrogate, check_settings, everyone, for_each)
 from ..solvers import Trajectory, solve
@@ -119,10 +120,7 @@ class ForwardProcess(Algorithm):
         twice = self.steps - 1 if self.method == "heun" else 0
         return self.steps + self.trained_steps + twice
 
-    @property
-    def nfe_theta(self) -> float:
-        "Evaluations with gradient, per sample."
-        return float(self.trained_steps)
+    nfe_theta = SDEGRPO.nfe_theta  # one at each trained time
 
 # %% ../../nbs/rivals/forward.ipynb #d24298b8
 @dataclass(frozen=True)
@@ -149,11 +147,7 @@ class DiffusionNFT(ForwardProcess):
     # from rounding
     has_ratio = False
 
-    def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
-                   standardize: Standardize = group_advantages) -> Tensor:
-        "`(P, G[, R]) -> (P, G)`: standardized and clipped."
-        most = self.advantage_clip
-        return combine_rewards(rewards, weights, standardize).clamp(-most, most)
+    advantages = SDEGRPO.advantages  # standardized and clipped
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..flow import Generators, Velocity, require
 from ..grpo import check_rewards, combine_rewards, group_advantages, surrogate
 from ..neighbor import NeighborGRPO
+from .gaussian import SDEGRPO
 from ..rollouts import (Rollout, Standardize, States, StepAlgorithm, Surrogate,
                                     check_settings, choose_steps, everyone)
 
@@ -51,6 +52,7 @@ class FDFO(StepAlgorithm):
     # neighbors, each solved alone, of the same settings
     starts, follow = NeighborGRPO.starts, NeighborGRPO.follow
     untrained, nfe_old = NeighborGRPO.untrained, NeighborGRPO.nfe_old
+    nfe_theta = SDEGRPO.nfe_theta  # one a trained step
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
@@ -74,7 +76,3 @@ class FDFO(StepAlgorithm):
         v = velocity(*states.inputs(rollout))
         return (v * pull[states.prompt]).flatten(1).mean(1).sum()
 
-    @property
-    def nfe_theta(self) -> float:
-        "Evaluations with gradient, per sample."
-        return float(self.trained_steps)

@@ -151,11 +151,9 @@ class Snapshot:
 def snapshot_of(
     folder: str | Path | None,  # where the network is kept; None: nowhere
     name: str,  # of the network
-    every: float = 30.0,  # seconds between two writes
-    **more: object,  # further parts of the state
 ) -> Snapshot | None:
     "What a training is handed, if there is a folder."
-    return Snapshot(folder, name, every, **more) if folder else None
+    return Snapshot(folder, name) if folder else None
 
 # %% ../../nbs/runs/state.ipynb #9f78b85f
 def trained_state(network: nn.Module) -> dict[str, Tensor]:

@@ -57,8 +57,7 @@ def flattened(
 class Tracking:
     "Called back by a run: what goes to the run folder also goes to accelerate's trackers, once."
     def __init__(self, accelerator: Accelerator,  # of `make_accelerator`
-                 trainer: Trainer,  # with a run folder, not running yet
-                 project: str = "neighbor_grpo"):  # what the trackers file it under
+                 trainer: Trainer):  # with a run folder, not running yet
         if trainer.out is None: raise ValueError("trainer.out is needed: a run folder")
         self.accelerator, self.note = accelerator, Path(accelerator.project_dir) / "tracking.json"
         note = dict(id=uuid.uuid4().hex[:8], iteration=-1)
@@ -68,7 +67,7 @@ class Tracking:
         start = dict(wandb=dict(id=self.id, name=name, resume="allow"),
                      trackio=dict(name=name, resume="allow"))
         self.note.parent.mkdir(parents=True, exist_ok=True)
-        accelerator.init_trackers(project, flattened(read_config(trainer.out)), start)
+        accelerator.init_trackers("neighbor_grpo", flattened(read_config(trainer.out)), start)
         # how far these came: a kill may have taken something along
         knows = {"wandb": "step", "trackio": "_next_step"}
         self.logged = {
