@@ -193,8 +193,7 @@ class Parser(ArgumentParser):
         name, equal, value = word.partition("=")
         under = "--" + name[2:].replace("-", "_")
         if not word.startswith("--") or under not in self._option_string_actions:
-            if word.startswith("--") and "." in name:
-                self.error(f"unrecognized arguments: {word}")
+            if word.startswith("--") and "." in name: self.error(f"unrecognized arguments: {word}")
             return word
         return under + equal + value
 

@@ -238,8 +238,7 @@ OPEN_CLIP_NAMES = (
     (r"\.ln_(\d)\.", r".layer_norm\1."),
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
-    (r"\.attn\.", ".self_attn."),
-)
+    (r"\.attn\.", ".self_attn."))
 
 
 def from_open_clip(

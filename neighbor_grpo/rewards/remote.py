@@ -109,8 +109,7 @@ def unpack_request(body: bytes) -> tuple[list[Image.Image], list[str], list[dict
 TOKEN = "NEIGHBOR_GRPO_TOKEN"  # of the environment: what a client sends and a server asks for
 SECRETS = (
     r"//[^/?#\n]*@|"  # user and password before the name of a machine
-    r"[?&;#](?:[^=&\n]*[-_.])?(?:token|key|apikey|password|passwd|pwd|secret|auth|sig|signature)="
-)
+    r"[?&;#](?:[^=&\n]*[-_.])?(?:token|key|apikey|password|passwd|pwd|secret|auth|sig|signature)=")
 
 
 def token(

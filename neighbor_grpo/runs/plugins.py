@@ -110,9 +110,9 @@ def run_file(
     "Run the file as a module; if it fails, there is none."
     module = sys.modules[name] = ModuleType(name)
     module.__file__ = str(path)  # where help texts look for docstrings
+    loader = SourceFileLoader(name, str(path))
     try:
-        code = SourceFileLoader(name, str(path)).source_to_code(content, str(path))
-        with around: exec(code, vars(module))
+        with around: exec(loader.source_to_code(content, str(path)), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

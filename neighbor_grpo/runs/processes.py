@@ -51,8 +51,7 @@ CHECKED = {  # variables of `accelerate launch`: the values that hold here, what
     "FSDP_USE_ORIG_PARAMS": (("", "true"), "true"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": (OFF, "false: every process opens its networks itself"),
     "FSDP_ACTIVATION_CHECKPOINTING": (OFF, "false: use the setting gradient_checkpointing"),
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (OFF, "false"),
-}
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (OFF, "false")}
 
 def check_environment() -> None:
     "Refuse what would be ignored or could not be resumed."

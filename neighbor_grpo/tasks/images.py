@@ -137,71 +137,57 @@ def say_held(settings: ImagesSettings, train: list[str], held: list[str]) -> Non
               "unless --held_out names a file", file=sys.stderr)
 
 # %% ../../nbs/tasks/images.ipynb #8f94be38
-def check_files(
-    settings: ImagesSettings,
-    folder: str | Path,  # of the run
-    inputs: dict,  # of `read_inputs`
-) -> None:
-    "Refuse prompt files that changed since the run began, or that are gone from where they were."
-    anyway = f"; to go on with the copy in prompts.json, delete inputs.json in {folder}"
-    moved = inputs.get("parent") != os.path.dirname(os.path.abspath(folder))
-    for name in GIVEN if inputs else ():
-        given, was = getattr(settings, name), inputs.get(name)
-        require(was is not None or not given, name, given,
-                f"left out, as when the run began{anyway}")
-        if was is None: continue
-        path, began = Path(given), "the file that the run began with, which"
-        if path.is_file():
-            require(checksum(path) == was, name, given, f"{began} changed since{anyway}")
-        else: require(moved or not path.parent.is_dir(), name, given, f"{began} is gone{anyway}")
+class Inputs:
+    "What a run is given from outside its folder, and was given when it began."
+    def __init__(self, settings: ImagesSettings,
+                 folder: str | Path | None):  # of the run; None: nothing is kept
+        self.settings, self.folder, self.began = settings, folder, read_inputs(folder)
+        self.copy = Path(folder) / "prompts.json" if folder else None
 
+    def check_files(self, folder: Path) -> None:
+        "Refuse prompt files that changed since then, or that are gone from where they were."
+        anyway = f"; to go on with the copy in prompts.json, delete inputs.json in {folder}"
+        moved = self.began.get("parent") != os.path.dirname(os.path.abspath(folder))
+        for name in GIVEN if self.began else ():
+            given, was = getattr(self.settings, name), self.began.get(name)
+            require(was is not None or not given, name, given,
+                    f"left out, as when the run began{anyway}")
+            if was is None: continue
+            path, began = Path(given), "the file that the run began with, which"
+            if path.is_file(): good, how = checksum(path) == was, "changed since"
+            else: good, how = moved or not path.parent.is_dir(), "is gone"
+            require(good, name, given, f"{began} {how}{anyway}")
 
-def check_reward_files(
-    settings: ImagesSettings,
-    folder: str | Path | None,  # of the run
-    inputs: dict,  # of `read_inputs`
-) -> dict[str, str]:  # checksum by path
-    "The files of the rewards; refused if they changed since the run began."
-    found = {str(path): checksum(path) for text in (settings.rewards, settings.judges) if text
-             for path in reward_files(text)}
-    changed = [path for path, was in inputs.get("rewards", {}).items() if found.get(path) != was]
-    require(not changed, "rewards", ", ".join(changed), "as when the run began: the content "
-            f"changed since; to go on with another, delete inputs.json in {folder}")
-    return found
+    def rewards(self) -> dict[str, str]:  # checksum by path
+        "The files of the rewards; refused if they changed since then."
+        lists = [text for text in (self.settings.rewards, self.settings.judges) if text]
+        found = {str(path): checksum(path) for text in lists for path in reward_files(text)}
+        changed = [path for path, was in self.began.get("rewards", {}).items()
+                   if found.get(path) != was]
+        require(not changed, "rewards", ", ".join(changed), "as when the run began: the content "
+                f"changed since; to go on with another, delete inputs.json in {self.folder}")
+        return found
 
+    def prompts(self) -> tuple[list[str], list[str], dict[str, dict]]:  # as of `split_prompts`
+        "The prompts of the run folder, or those of the files if it has not begun."
+        if not self.copy or not self.copy.exists(): return split_prompts(self.settings)
+        self.check_files(self.copy.parent)
+        kept = read_sealed(self.copy)
+        return kept["train"], kept["held_out"], kept.get("records", {})
 
-def run_prompts(
-    settings: ImagesSettings,
-    folder: str | Path | None,  # of the run
-    inputs: dict,  # of `read_inputs`
-) -> tuple[list[str], list[str], dict[str, dict]]:  # to train on, held out; record by prompt
-    "The prompts of a run: of its folder, or those of the files if it has not begun."
-    if not folder: return split_prompts(settings)
-    path = Path(folder) / "prompts.json"
-    if not path.exists(): return split_prompts(settings)
-    check_files(settings, folder, inputs)
-    kept = read_sealed(path)
-    return kept["train"], kept["held_out"], kept.get("records", {})
-
-
-def keep_inputs(
-    settings: ImagesSettings,
-    folder: str | Path | None,  # of the run; None: nothing is kept
-    train: list[str],
-    held: list[str],
-    records: dict[str, dict],  # by prompt
-    judges: dict[str, str],  # checksums of the rewards' files, by path
-) -> None:
-    "Copy the prompts into the run folder, and remember what they and the pipeline came from."
-    if not folder or world()[0] > 0: return
-    path = Path(folder) / "prompts.json"
-    if not path.exists():
-        facts = dict(records=records) if any(records.values()) else {}
-        content = dict(train=train, held_out=held) | facts
-        write_atomically(path, json.dumps(seal(content), indent=1))
-    files = {name: Path(getattr(settings, name)) for name in GIVEN}
-    more = {name: checksum(file) for name, file in files.items() if file.is_file()}
-    write_inputs(folder, settings.source, **more, **({"rewards": judges} if judges else {}))
+    def keep(self, train: list[str], held: list[str],
+             records: dict[str, dict],  # by prompt
+             judges: dict[str, str]) -> None:  # of `rewards`
+        "Copy the prompts into the run folder, and remember what they and the pipeline came from."
+        if not self.copy or world()[0] > 0: return
+        if not self.copy.exists():
+            facts = dict(records=records) if any(records.values()) else {}
+            content = dict(train=train, held_out=held) | facts
+            write_atomically(self.copy, json.dumps(seal(content), indent=1))
+        files = {name: Path(getattr(self.settings, name)) for name in GIVEN}
+        more = {name: checksum(file) for name, file in files.items() if file.is_file()}
+        judged = {"rewards": judges} if judges else {}
+        write_inputs(self.folder, self.settings.source, **more, **judged)
 
 # %% ../../nbs/tasks/images.ipynb #ffda094e
 def fingerprint(settings: ImagesSettings, prompts: list[str]) -> str:
@@ -421,15 +407,15 @@ class ImagesTask(PipelineTask):
         any_kind = FAMILIES[family].pipeline.__name__ if family else "pipeline"
         require(bool(settings.source), "source", settings.source or None, f"a folder with a "
                 f"{any_kind}, or its name on the hub; miniature is a small SD3 to try")
-        inputs = read_inputs(folder)
-        self.revision = check_source(settings.source, inputs)
+        inputs = Inputs(settings, folder)
+        self.revision = check_source(settings.source, inputs.began)
         self.family = FAMILIES[family or family_of(settings.source, self.revision)]
         self.settings, s = settings, settings
         kind, video = self.family.pipeline.__name__, self.family.video
         require(video or s.frames == 1, "frames", s.frames, f"1: a {kind} makes pictures")
-        train, held, self.records = run_prompts(s, folder, inputs)
-        checksums = check_reward_files(s, folder, inputs)
-        if progress and not inputs and world()[0] == 0: say_held(s, train, held)
+        train, held, self.records = inputs.prompts()
+        checksums = inputs.rewards()
+        if progress and not inputs.began and world()[0] == 0: say_held(s, train, held)
         self.device = choose_device(s.device, s.min_memory)
         # float32: scores of a group are close
         judges, weights = self.open_judges(s.rewards)
@@ -442,11 +428,11 @@ class ImagesTask(PipelineTask):
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
         self.pipeline, self.cond = open_encoded(
             s, self.family, self.texts, folder, self.device, progress, self.revision)
-        keep_inputs(s, folder, train, held, self.records, checksums)
+        inputs.keep(train, held, self.records, checksums)
         size = (s.height, s.width, *[s.frames] * self.family.video)
         self.shape = self.family.latent_shape(self.pipeline, *size)
         self.shift = self.shift_at(s.eval_steps)
-        self.settings = with_guidance(self.family, self.pipeline, s, progress and not inputs)
+        self.settings = with_guidance(self.family, self.pipeline, s, progress and not inputs.began)
         self.policy = self.make_policy(self.pipeline, seed)
         if not s.offload: self.pipeline.vae.to(self.device)
 

@@ -120,8 +120,7 @@ DISTANCES = (  # of a point to the edge, negative inside: circle, square, triang
     lambda dx, dy, r: (dx.square() + dy.square()).sqrt() - r,
     lambda dx, dy, r: torch.maximum(dx.abs(), dy.abs()) - math.sqrt(math.pi) / 2 * r,
     lambda dx, dy, r: torch.maximum(dy, math.sqrt(3) / 2 * dx.abs() - dy / 2)
-    - math.sqrt(math.pi / 3 / math.sqrt(3)) * r,
-)
+    - math.sqrt(math.pi / 3 / math.sqrt(3)) * r)
 
 
 def templates(
