@@ -256,8 +256,7 @@ class Run:
 
     def prepare(self) -> None:
         "Make reference and optimizer."
-        if self.needs_reference:
-            self.reference = self.task.reference().requires_grad_(False).eval()
+        if self.needs_reference: self.reference = self.task.reference().requires_grad_(False).eval()
         self.make_optimizer()
 
     def make_optimizer(self) -> None:

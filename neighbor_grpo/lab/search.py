@@ -530,8 +530,7 @@ def labor(
 
 def claim(search: Search, out: Path) -> None:
     "Make the folder this search's, or make sure that it was. More trials may be asked for."
-    kept = {f.name for f in fields(Search)} - {"study", "trials"}
-    said = {name: value for name, value in vars(search).items() if name in kept}
+    said = {name: value for name, value in vars(search).items() if name not in ("study", "trials")}
     said |= dict(space={name: asdict(v) if isinstance(v, Range) else v
                         for name, v in search.space.items()},
                  bounds=[asdict(bound) for bound in search.study.bounds])

@@ -373,14 +373,18 @@ def check_source(
 def put_together(
     parts: Iterable[dict[str, Tensor]],  # some rows each, in order
     count: int,  # rows of all parts
+    dtype: torch.dtype,  # of numbers that have a point
+    device: str | None = None,  # None: that of the parts
 ) -> dict[str, Tensor]:  # count rows each
     "All rows in memory that is taken once."
     told: dict[str, Tensor] = {}
     done = rows = 0
     for part in parts:
         for name, value in part.items():
-            if name not in told: told[name] = value.new_empty(count, *value.shape[1:])
             rows = len(value)
+            kind = dtype if value.is_floating_point() else value.dtype
+            if name not in told:
+                told[name] = value.new_empty(count, *value.shape[1:], dtype=kind, device=device)
             told[name][done:done + rows] = value
         done += rows
     return told
@@ -407,12 +411,11 @@ def encode_prompts(
             else: found = family.encode(pipeline, some, length)
         require(isinstance(found, dict), f"{type(family).__name__}.encode", type(found).__name__,
                 "a method that returns a dict of tensors")
-        return {name: value.float() if value.is_floating_point() else value
-                for name, value in found.items()}
+        return found
 
     starts = range(0, count, batch)
     asked = [None if prompts is None else list(prompts[k:k + batch]) for k in starts]
-    return put_together(map(ask, asked), count)
+    return put_together(map(ask, asked), count, torch.float32)
 
 # %% ../../nbs/models/pipeline.ipynb #feed61e3
 def in_chat(

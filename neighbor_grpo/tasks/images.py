@@ -239,8 +239,7 @@ def collect(
     dtype: torch.dtype,  # of numbers that have a point
 ) -> dict[str, Tensor]:  # count rows each, on the CPU
     "Put what was encoded together in memory, which is taken once."
-    stored = ({name: storable(value, dtype) for name, value in part.items()} for part in parts)
-    return put_together(stored, count)
+    return put_together(parts, count, dtype, "cpu")
 
 
 def write_encoded(
