@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,6 +178,10 @@ def test_colors_and_places_by_hand():
     assert verdict({"cat": [blue], "dog": [low]}, one, below) == (False, 0.5)  # no red cat to be below of
     assert verdict({"cat": [red], "dog": [low]}, one, below) == (True, 1)
     assert verdict({"cat": [red], "dog": [low]}, one, below | {"position": ["above", 0]}) == (False, 0.75)
+    pair, right = {"class": "cat", "count": 2}, {"class": "dog", "count": 1, "position": ["right of", 0]}
+    between = low._replace(box=(10, 0, 15, 9))  # right of the first cat only
+    assert verdict({"cat": [red, blue], "dog": [between]}, pair, right)[0] is False
+    assert verdict({"cat": [red, blue], "dog": [between._replace(box=(40, 0, 45, 9))]}, pair, right) == (True, 1)
 
 
 def test_only_what_the_detector_is_sure_of_counts():
@@ -184,6 +189,26 @@ def test_only_what_the_detector_is_sure_of_counts():
     scores = lambda tag: [each.score for each in geneval.sure_of(found, tag)["cat"]]
     assert scores("colors") == [0.95, 0.91, 0.9, 0.31] and scores("counting") == [0.95, 0.91]
     assert len(geneval.sure_of(found * 9, "colors")["cat"]) == 16
+
+
+def test_an_object_is_where_its_mask_is():
+    "In a picture of 160 x 96 that the detector sees as 80 x 48, padded to 96 x 64, a quarter as fine."
+    classes, masks = torch.zeros(1, 2, 81), torch.full((1, 2, 16, 24), -20.0)
+    classes[0, 0, geneval.NAMES.index("dog")] = classes[0, 1, 80] = 20
+    masks[0, :, 3:7, 10:16] = 20
+    masks[0, :, 13:] = masks[0, :, :, 21:] = 20  # in the padding
+    mask = torch.zeros(1, 64, 96)
+    mask[:, :48, :80] = 1
+    seen = transformers.BatchFeature(dict(pixel_values=torch.zeros(1, 3, 64, 96), pixel_mask=mask))
+    models = object.__new__(geneval.Models)
+    models.device, models.prepare = "cpu", lambda picture, return_tensors: seen
+    models.detector = lambda **_: SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+    (found,) = models.find(Image.new("RGB", (160, 96)))
+    assert found.name == "dog" and found.score > 0.9 and found.mask.shape == (96, 160)
+    left, top, right, bottom = found.box
+    inside = found.mask[top:bottom, left:right]
+    assert found.mask.sum() == inside.sum() and inside.mean() > 0.9  # corners are round
+    assert all(abs(side - place) <= 1 for side, place in zip(found.box, (80, 24, 128, 56)))
 
 
 WRONG = {
