@@ -1,0 +1,57 @@
+"""Where the settings of a run begin: what was found better, or an algorithm's paper."""
+
+import itertools
+
+import pytest
+
+from neighbor_grpo.cli import FOUND, TASKS, defaults_of, read_command, read_variant, recipes
+from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.penalties import forward_equivalents
+from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.training import TrainSettings
+
+
+def of_algorithm(*words):
+    "The algorithm that a command line asks for."
+    return read_command(words)[1][1]
+
+
+@pytest.mark.parametrize("task", ["digits", "scenes", "toy", "sd3", "flux"])
+def test_the_papers_settings_are_the_dataclass_s(task):
+    paper = of_algorithm(task, "--preset", "paper")
+    assert paper == NeighborGRPO(shift=paper.shift)  # None with a pipeline: its own
+    assert (of_algorithm(task) == paper) == ((task, "neighbor") not in FOUND)
+
+
+def test_the_command_line_overrides_both():
+    for preset in ("found", "paper"):
+        assert of_algorithm("digits", "--preset", preset, "--steps", "5").steps == 5
+
+
+def test_rivals_have_their_papers_settings_either_way():
+    for task, algorithm in itertools.product(TASKS, ALGORITHMS.keys() - {"neighbor"}):
+        assert defaults_of(task, algorithm) == defaults_of(task, algorithm, preset="paper")
+
+
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_a_recipe_for_a_large_model_costs_at_most_three_fifths_of_the_papers_settings(recipe):
+    found, paper = (of_algorithm("--recipe", recipe, "--preset", preset) for preset in ("found", "paper"))
+    assert forward_equivalents(paper) == 12
+    if recipe == "flux-paper":  # says all of its settings itself
+        assert found == paper
+    else:
+        assert forward_equivalents(found) <= 0.6 * 12
+
+
+def test_a_comparison_may_have_both():
+    sides = [read_variant("digits", line)[0] for line in ("neighbor", "neighbor --preset paper")]
+    assert sides[0].algorithm != sides[1].algorithm == NeighborGRPO()
+    common = read_variant("digits", "neighbor", "--preset paper")[0]
+    assert common.algorithm == NeighborGRPO() and common.settings == TrainSettings(
+        iterations=common.settings.iterations, lr=2e-4, kl_weight=0.02, ema=0.9
+    )
+
+
+def test_another_name_is_refused():
+    with pytest.raises(ValueError, match="--preset.*pepper.*found.*paper"):
+        read_command(["digits", "--preset", "pepper"])
