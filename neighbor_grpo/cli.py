@@ -410,7 +410,7 @@ def read_recipe(
 
 # %% ../nbs/launch.ipynb #e3aba0a2
 COMMON = {"algorithm", "with", "out", "recipe", "preset", "resume", "quiet", "trackers",
-          "iterations", "groups", "lr", "ema", "seed", "kl_weight", "micro_batch",
+          "iterations", "groups", "lr", "seed", "kl_weight", "micro_batch",
           "group_size", "steps", "sigma", "noise_level", "anchors", "target", "reward",
           "rewarded", "source", "prompts", "rewards", "height", "width", "lora_rank",
           "guidance_scale"}
