@@ -1,14 +1,18 @@
 """Where the settings of a run begin: what was found better, or an algorithm's paper."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
 from neighbor_grpo.cli import FOUND, TASKS, defaults_of, read_command, read_variant, recipes
+from neighbor_grpo.lab.compare import read_csv
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.penalties import forward_equivalents
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
 from neighbor_grpo.training import TrainSettings
+
+NBS = Path(__file__).parents[1] / "nbs"
 
 
 def of_algorithm(*words):
@@ -55,3 +59,16 @@ def test_a_comparison_may_have_both():
 def test_another_name_is_refused():
     with pytest.raises(ValueError, match="--preset.*pepper.*found.*paper"):
         read_command(["digits", "--preset", "pepper"])
+
+
+def test_the_page_tells_what_the_papers_settings_cost_on_digits():
+    "The figure beside the defaults, from the committed curves of both presets."
+    first = {}
+    for row in read_csv(NBS / "results/presets/curves.csv"):
+        good = row["reward"] >= 0.95 and row["frechet"] <= 15 and row["diversity"] >= 0.7
+        if good:
+            first.setdefault((row["variant"], row["seed"]), row["evaluations"])
+    both = [seed for side, seed in first if side == "paper" and ("found", seed) in first]
+    found, paper = (sum(first[side, seed] for seed in both) for side in ("found", "paper"))
+    assert len(both) == 3
+    assert f"cost {paper / found:.1f} times as much" in (NBS / "launch.ipynb").read_text(encoding="utf-8")
