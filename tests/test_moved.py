@@ -26,6 +26,7 @@ LINES = {
     "from neighbor_grpo.sde import flow_sde": "rivals.sde",
     "from neighbor_grpo.scenes import render": "tasks.scenes",
     "from neighbor_grpo.prompts import read_prompts": "tasks.prompts",  # a folder of data has this name, too
+    "from neighbor_grpo.images import read_prompts": "tasks.images",
     "from neighbor_grpo.rivals import ALGORITHMS": "rivals.catalogue.ALGORITHMS",
     "from neighbor_grpo.rivals import OPGRPO": "rivals.trajectories.OPGRPO",
     "from neighbor_grpo.training import Trainer": "runs.trainer.Trainer",

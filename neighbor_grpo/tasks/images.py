@@ -49,7 +49,7 @@ from ..models.sana import SANA
 from ..models.sd3 import SD3
 from ..models.wan import WAN
 from ..models.zimage import ZIMAGE
-from .prompts import OWN, read_records
+from .prompts import OWN, read_prompts, read_records  # noqa: F401 (an old place)
 
 # %% ../../nbs/tasks/images.ipynb #485284a7
 GIVEN = ("prompts", "held_out")  # settings that name a file
