@@ -96,7 +96,7 @@ def test_what_was_replayed_is_the_references():
 def test_settings_of_the_collector_that_cannot_be():
     with pytest.raises(ValueError, match="buffer must be 0 unless the collector is 'reference', got 3"):
         TrainSettings(buffer=3)
-    with pytest.raises(ValueError, match="buffer must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="buffer must be an integer >= 0, got -1"):
         TrainSettings(collector="reference", buffer=-1)
 
 
