@@ -112,8 +112,8 @@ FEWER = dict(steps=6, anchors=2, trained_steps=2)  # half as many evaluations as
 FOUND: dict[tuple[str, str], dict] = {  # over these, without `--preset paper`
     ("digits", "neighbor"): FEWER | dict(iterations=30, lr=6e-4, kl_weight=0.025),
     **{(task, "neighbor"): FEWER for task in ("sd3", "flux", "images")},
-    ("scenes", "neighbor"): dict(sigma=0.15, train_where="first", trained_steps=4,
-                                 hold_weight=0.03)}
+    ("scenes", "neighbor"): dict(iterations=160, lr_decay=160, sigma=0.15, steps=6, anchors=2,
+                                 train_where="first", trained_steps=3, hold_weight=0.03)}
 
 def class_at(
     place: type | str,  # itself, or MODULE.NAME in this package
