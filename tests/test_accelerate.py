@@ -345,6 +345,19 @@ def test_a_longer_run_logs_only_what_is_new(tmp_path):
     assert key == "held_out/images" and grid.shape == (8, 8, 3)
 
 
+def test_what_a_killed_run_left_in_tensorboard_is_not_logged_again(tmp_path, monkeypatch):
+    "The kill came after some of a row was on the disk, and before the run remembered it."
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
+    monkeypatch.setattr(Notes, "name", "tensorboard")
+    small_run(tmp_path / "run", TinyTask(), 3)
+    with writer(str(tmp_path / "run" / "logs" / "neighbor_grpo")) as left:
+        left.add_scalar("reward_mean", 0.5, 4)
+    notes, trainer = small_run(tmp_path / "run", TinyTask(), 5, resume=True)
+    assert [step for step, _ in notes.rows] == [4, 5]
+    assert "reward_mean" in notes.rows[1][1]
+    assert {**notes.rows[1][1]}.keys() - {"held_out/reward"} - notes.rows[0][1].keys() == {"reward_mean"}
+
+
 def test_a_task_without_images_is_tracked_too(tmp_path):
     notes, _ = small_run(tmp_path / "run", TinyTask(), 2)
     assert len(notes.rows) == 3 and notes.images == []
