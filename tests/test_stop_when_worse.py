@@ -77,7 +77,7 @@ def test_it_ends_keeps_its_reason_and_goes_on_only_when_told(tmp_path):
 def test_figures_are_known_by_name(tmp_path):
     with pytest.raises(ValueError, match="stop_figure must be one of judge, got 'sharpness'"):
         trainer(None, RISES, stop_when_worse=2, stop_figure="sharpness").run(progress=False)
-    with pytest.raises(ValueError, match="stop_when_worse must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="stop_when_worse must be an integer >= 0, got -1"):
         TrainSettings(stop_when_worse=-1)
 
 
