@@ -101,9 +101,8 @@ class Tracking:
                 values.setdefault(row["iteration"], {}).update(named)
         for tracker in self.accelerator.trackers:
             for step in sorted(step for step in values if step > self.logged[tracker.name]):
-                there = {name for name in values[step] if (step, name) in self.there}
-                if tracker.name != "tensorboard": there = set()
-                new = {name: v for name, v in values[step].items() if name not in there}
+                new = {name: value for name, value in values[step].items()
+                       if tracker.name != "tensorboard" or (step, name) not in self.there}
                 if new: tracker.log(new, step=step)
                 if step in self.grids: self.show(tracker, self.grids[step], step)
             self.logged[tracker.name] = max(self.logged[tracker.name], self.last)
