@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT_KEY', 'GROUP_KEY', 'GLOBAL_KEY', 'SHUFFLE_KEY', 'Task', 'Plain', 'TrainSettings', 'choose_prompts', 'score',
-           'check_run', 'Run', 'retrace', 'Update', 'plan', 'backward', 'learn', 'iterate', 'metrics', 'train']
+           'check_together', 'check_run', 'Run', 'retrace', 'Update', 'plan', 'backward', 'learn', 'iterate', 'metrics',
+           'train']
 
 # %% ../nbs/training.ipynb #a02853c7
 import copy
@@ -209,14 +210,18 @@ def score(
     return check_rewards(rewards.flatten(1)).view_as(rewards)
 
 # %% ../nbs/training.ipynb #957a9c8d
-def check_run(task: Task, algorithm: Algorithm, settings: TrainSettings) -> None:
-    "Refuse settings that do not go together."
+def check_together(algorithm: Algorithm, settings: TrainSettings) -> None:
+    "Refuse settings that do not go together, on any task."
     s, parts = settings, algorithm.together
     allowed = f"an integer >= 0, a multiple of {parts}, the states that are judged together"
     require(s.micro_batch % parts == 0, "micro_batch", s.micro_batch, allowed)
-    can_hold = len(algorithm.untrained) > 0
+    good = bool(algorithm.untrained) or s.hold_weight == 0
     allowed = "0 unless only the first or last steps are trained, not all of them"
-    require(can_hold or s.hold_weight == 0, "hold_weight", s.hold_weight, allowed)
+    require(good, "hold_weight", s.hold_weight, allowed)
+
+
+def check_run(task: Task, s: TrainSettings) -> None:
+    "Refuse what the task cannot do."
     trained = any(p.requires_grad for p in task.policy.parameters())
     allowed = "a module whose weights require a gradient"
     require(trained, "task.policy", type(task.policy).__name__, allowed)
@@ -245,7 +250,8 @@ class Run:
         compares = bool(self.penalties) or algorithm.frozen_reference
         self.needs_reference = compares or settings.collector == "reference"
         self.algorithm = algorithm.fitted(self.task.shift_at)
-        check_run(self.task, algorithm, settings)
+        check_together(algorithm, settings)
+        check_run(self.task, settings)
         self.groups = list(range(settings.groups))  # those of this process
         if settings.ema > 0:
             average = get_ema_multi_avg_fn(settings.ema)

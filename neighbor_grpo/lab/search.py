@@ -36,7 +36,7 @@ from ..runs.machine import import_extra
 from ..tables import markdown_table
 from ..runs.trainer import Trainer, run_config
 from ..penalties import forward_equivalents, penalties_of
-from ..training import TrainSettings
+from ..training import TrainSettings, check_together
 from .compare import (Bound, Study, Variant, check_failures, check_figures, cost,
                                        how_to_start, in_processes, write_csv)
 
@@ -256,6 +256,7 @@ def within(
 ) -> Variant:
     "As many iterations as the budget pays for; a rate that falls is zero after them."
     s, old = variant.settings, variant.algorithm.nfe_old
+    check_together(variant.algorithm, s)
     once = forward_equivalents(variant.algorithm, penalties_of(s))
     each = (old + (once - old) * s.updates) * s.groups * variant.algorithm.group_size
     count = math.floor(budget / each + 1e-9)
