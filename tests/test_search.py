@@ -120,6 +120,11 @@ def test_a_run_is_as_long_as_its_budget():
         within(decaying, 0.5 * each)
 
 
+def test_a_draw_that_no_run_could_take_is_refused():
+    with pytest.raises(ValueError, match="hold_weight must be 0 unless"):  # every step is trained
+        within(changed(SIDE, dict(hold_weight=0.1, steps=4, trained_steps=4)), 1e5)
+
+
 WRONG = [
     ("search toy --out new --seeds 0 --variants neighbor", "budgets", "{}", "evaluations"),
     ("--space lr", "--space", "'lr'", "NAME: LOW to HIGH"),

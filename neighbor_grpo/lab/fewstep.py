@@ -11,6 +11,7 @@ __all__ = ['MANY', 'DISTILLED_CARD', 'edges', 'watched', 'drawn', 'quality', 'po
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -243,50 +244,7 @@ def piece_loss(
     return (velocity(x, t, take(cond, row)) - target).square().mean()
 
 # %% ../../nbs/lab/fewstep.ipynb #few00025
-DISTILLED_CARD = """---
-license: apache-2.0
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-# Scenes in {steps} steps
-
-The [scenes miniature](https://github.com/neighbor-grpo/neighbor_grpo) of 3.5 million
-parameters, distilled to {steps} steps of Euler's method. It exists to be trained further.
-
-```python
-import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained("FOLDER").to(torch.float32)
-asked = dict(height=32, width=32, guidance_scale=1, max_sequence_length=10)
-pipeline("three green triangles", sigmas={sigmas}, **asked).images[0]
-```
-
-The times `sigmas` are those of the distillation; without them diffusers takes others.
-
-## Recipe
-
-`neighbor-grpo distill --out FOLDER`, each run going on from the one before (`--student`), with
-
-{settings}
-
-Only the transformer was trained, on trajectories that begin at noise and captions of
-the teacher's own pretraining; no pictures. Each trajectory is cut into {steps} pieces, and the
-student learns the straight lines between their ends (piecewise rectified flow, arXiv
-2405.07510). With `own`, pieces begin where the student's own steps stand, and end where
-the teacher goes from there. Stored in half precision; `log.jsonl` has the figures on
-the way.
-
-## Accuracy
-
-The share of {images} images that hold what the caption says and nothing else (95 %
-interval), before the weights were rounded to half precision.
-
-{accuracies}
-
-Data, captions, limits and licence are those of the miniature.
-"""
+DISTILLED_CARD = (files("neighbor_grpo") / "texts" / "distilled-card.md").read_text("utf-8")
 
 
 def distilled_card(
