@@ -8,12 +8,12 @@ __all__ = ['TASKS', 'LARGE', 'SCHEDULER', 'DEFAULTS', 'FEWER', 'FOUND', 'MEANT',
            'task_classes', 'defaults_of', 'require_plain', 'Help', 'Parser', 'brought_along', 'check_modifiers',
            'settings_of', 'names_of', 'recipes', 'require_plain_yaml', 'read_yaml', 'flat_config', 'read_recipe',
            'listed', 'in_one_line', 'overviews', 'train_parser', 'pick', 'pick_algorithm', 'read_early', 'read_command',
-           'introduce', 'report', 'print_figures', 'given_back', 'asked_processes', 'launched', 'leave', 'train',
-           'load_run', 'look_parser', 'read_look', 'refuse_options', 'looks_at', 'asked_prompts', 'evaluate',
-           'draw_runs', 'sample', 'write_report', 'command_of', 'read_figures', 'save', 'bench_model', 'bench',
-           'split_name', 'read_variant', 'study_parser', 'search_options', 'start_from_study', 'config_line',
-           'read_study', 'compare', 'search', 'read_new_pipeline', 'pretrain', 'distill', 'serve', 'stoppable',
-           'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
+           'resuming', 'introduce', 'report', 'print_figures', 'given_back', 'asked_processes', 'launched', 'leave',
+           'train', 'load_run', 'look_parser', 'read_look', 'refuse_options', 'base_of', 'run_names', 'looks_at',
+           'asked_prompts', 'evaluate', 'draw_runs', 'sample', 'write_report', 'command_of', 'read_figures', 'save',
+           'bench_model', 'bench', 'split_name', 'read_variant', 'study_parser', 'search_options', 'start_from_study',
+           'config_line', 'read_study', 'compare', 'search', 'read_new_pipeline', 'pretrain', 'distill', 'serve',
+           'stoppable', 'overview', 'split_plugins', 'versions', 'draw_into_files', 'main']
 
 # %% ../nbs/launch.ipynb #72081725
 import argparse
@@ -138,7 +138,9 @@ def defaults_of(
     preset: str = "found",  # or paper
 ) -> dict:  # values by name
     "What a run of the task takes instead of the dataclasses' own defaults."
-    values = DEFAULTS.get(task, {}) | DEFAULTS.get((task, algorithm), {})
+    values = {}  # over the classes' own, modifiers have those of the algorithm that brings them
+    for theirs in BROUGHT_ALONG.get(algorithm, {}).values(): values |= theirs
+    values |= DEFAULTS.get(task, {}) | DEFAULTS.get((task, algorithm), {})
     if preset == "found": values |= FOUND.get((task, algorithm), {})
     if task != "images" or not source: return values
     images = importlib.import_module("neighbor_grpo.tasks.images")
@@ -532,11 +534,10 @@ def read_command(
     if given is None: given = base.get("with", brought_along(algorithm))
     words = [name for word in given for name in word.split(",")]
     modifiers = check_modifiers(words, "--with")
-    names, defaults = names_of(task, algorithm, modifiers), {}
-    for theirs in BROUGHT_ALONG.get(algorithm, {}).values(): defaults |= theirs
+    names = names_of(task, algorithm, modifiers)
     asked = base.get("source", "") if known.source is None else known.source
     asked = "" if known.resume else asked
-    defaults |= defaults_of(task, algorithm, asked, known.preset or "found") | base
+    defaults = defaults_of(task, algorithm, asked, known.preset or "found") | base
     defaults = {name: value for name, value in defaults.items() if name in names}
     parser = train_parser(task, algorithm, modifiers, defaults, source)
     values = parser.parse_args(list(argv))
@@ -556,6 +557,11 @@ FILES = {
     "ended.txt": "why a run ended before its last iteration, if it did",
     "logs": "of the trackers"}
 
+def resuming(out: Path) -> str:
+    "The command that goes on with a run."
+    return f"neighbor-grpo train --out {shlex.quote(str(out))} --resume{plugin_options()}"
+
+
 def introduce(
     task: str,  # a key of TASKS
     algorithm: str,  # a key of ALGORITHMS
@@ -565,10 +571,9 @@ def introduce(
 ) -> None:
     "Say what a run trains, where it writes, how to stop it and how to go on."
     s = settings
-    again = f"neighbor-grpo train --out {shlex.quote(str(out))} --resume{plugin_options()}"
     length = f"{s.iterations} iterations of {s.groups} groups of {group_size}"
     print(f"Training {task} ({TASKS[task].about}) with {algorithm}: {length}.")
-    print(f"It writes into {out}. Ctrl-C stops it; it goes on with: {again}", flush=True)
+    print(f"It writes into {out}. Ctrl-C stops it; it goes on with: {resuming(out)}", flush=True)
 
 
 def report(
@@ -685,16 +690,16 @@ def train(
             if talk: print(f"Prompts: {task.prompts}. {done}.\n", flush=True)
             with track(trainer) as callback: trainer.run(not values.quiet, callback)
         except KeyboardInterrupt as e:
-            again = f"neighbor-grpo train --out {out} --resume{plugin_options()}"
-            why = f"stopped by {str(e) or 'hand'}; go on with: {again}"
+            why = f"stopped by {str(e) or 'hand'}; go on with: {resuming(out)}"
             raise KeyboardInterrupt(why) from None
         if world()[0] > 0: return
         leave(trainer, out, whole=split is None)
         if trainer.over:
             print(f"ended at iteration {trainer.iteration}: {trainer.over}; to go on all the same: "
-                  f"neighbor-grpo train --out {out} --resume --stop_when_worse 0")
+                  f"{resuming(out)} --stop_when_worse 0")
         if talk: report(out, settings, task.saves)
-        commands = f"neighbor-grpo sample {out} and neighbor-grpo save {out}"
+        folder = shlex.quote(str(out))
+        commands = f"neighbor-grpo sample {folder} and neighbor-grpo save {folder}"
         split_note = f"; its weights were split: {commands}" if split else ""
         print(f"run folder: {out}{split_note}")
 
@@ -755,6 +760,21 @@ def refuse_options(
         require(unset, f"--{option}", values.get(option), f"left out: {name} has no such option")
 
 
+def base_of(config: dict) -> str:  # of a run
+    "What tells the base of a run from that of another."
+    return json.dumps([config["task_name"], config["task"], config["training"]["seed"]])
+
+
+def run_names(
+    folders: Iterable[str],  # of runs
+) -> dict[str, str]:  # by folder: its last part, or all of it where another has the same
+    "What runs are called in tables and pictures."
+    names = {folder: Path(folder).resolve().name for folder in folders}
+    twice = [*names.values()]
+    return {folder: name if twice.count(name) == 1 else str(folder)
+            for folder, name in names.items()}
+
+
 def looks_at(
     values: Namespace,  # of a command line
     view: View,
@@ -764,7 +784,7 @@ def looks_at(
     "The policies of runs and their bases, one after the other."
     looking = importlib.import_module("neighbor_grpo.lab.looking")
     configs = {folder: read_config(folder) for folder in dict.fromkeys(values.dir)}
-    bases, looks = {}, []
+    bases, looks, names = {}, [], run_names(configs)
     for folder, config in configs.items():
         task, velocity, state = load_run(folder)
         refuse_options(task, config["task_name"], values)
@@ -778,8 +798,8 @@ def looks_at(
             return looking.judged(seen, task.rewards, rewards, device)
 
         trained = task.trained_on if isinstance(task, Visible) else ("reward",)
-        at, name = state["iteration"], Path(folder).resolve().name
-        key = json.dumps([config["task_name"], config["task"], config["training"]["seed"]])
+        at, name = state["iteration"], names[folder]
+        key = base_of(config)
         if key not in bases:
             title = f"{name}, before" if bases else "before"
             bases[key] = before = see(task.base)
@@ -824,17 +844,20 @@ def draw_runs(
     out: str | None,  # of the picture; None: in the one folder
 ) -> Path:
     "Samples as the task draws them."
-    names = {read_config(folder).get("task_name") for folder in folders}
-    require(len(names) == 1, "DIR", ", ".join(map(str, folders)), "runs of one task")
-    runs = {Path(folder).resolve().name: load_run(folder) for folder in folders}
-    policies = {}
-    for name, (task, velocity, state) in runs.items():
-        policies.setdefault("before", task.base)
+    configs = {folder: read_config(folder) for folder in folders}
+    tasks = {config.get("task_name") for config in configs.values()}
+    require(len(tasks) == 1, "DIR", ", ".join(map(str, folders)), "runs of one task")
+    runs = {name: (*load_run(folder), base_of(configs[folder]))
+            for folder, name in run_names(configs).items()}
+    policies, bases = {}, set()
+    for name, (task, velocity, state, base) in runs.items():
+        if base not in bases: policies[f"{name}, before" if bases else "before"] = task.base
+        bases.add(base)
         after = f"after {state['iteration']} iterations"
         policies[f"{name} {after}" if len(runs) > 1 else after] = velocity
-    at = next(iter(runs.values()))[2]["iteration"]
-    path = Path(out) if out else Path(folders[0]) / f"samples-{at:06d}.png"
-    next(iter(runs.values()))[0].draw(policies, path)
+    first, _, state, _ = next(iter(runs.values()))
+    path = Path(out) if out else Path(folders[0]) / f"samples-{state['iteration']:06d}.png"
+    first.draw(policies, path)
     return path
 
 
@@ -851,8 +874,9 @@ def sample(
     v = parser.parse_args(list(argv))
     require(v.out is not None or len(v.dir) == 1, "--out", v.out, "given where runs are several")
     picture = v.out is None or Path(v.out).suffix.lower() in (".png", ".jpg", ".jpeg")
-    prompts = asked_prompts(v)
-    view = read_look(v, "count", (v.count or 4) * (len(prompts) or 2))
+    prompts, count = asked_prompts(v), 4 if v.count is None else v.count
+    require(count >= 1, "--count", count, "an integer >= 1")
+    view = read_look(v, "count", count * (len(prompts) or 2))
     plain = not prompts and v.count is None and v.steps is None and not v.seed
     if plain and picture: return print(draw_runs(v.dir, v.out))
     looking = importlib.import_module("neighbor_grpo.lab.looking")
@@ -891,7 +915,8 @@ def write_report(
 PAPER_MODELS = (NeighborGRPO(), DanceGRPO(), MixGRPO())
 
 def command_of(
-    config: dict,  # of a run that train has made, or a part of it that may be told
+    config: dict,  # of a run that train has made
+    told: Callable[[object, str], object] = lambda value, name: value,  # what is shown of each
 ) -> str:  # as a shell reads it
     "The command line of a run: whatever is not the default of its task."
     flat = flat_config(config, "DIR", "config.json")
@@ -899,11 +924,12 @@ def command_of(
     usual = {}
     for cls in settings_of(task, algorithm, around).values():
         usual |= {field.name: field.default for field in fields(cls)}
-    usual |= defaults_of(task, algorithm)
+    usual |= defaults_of(task, algorithm, flat.get("source", ""))
     words = ["neighbor-grpo", "train", task, "--algorithm", algorithm]
     if around != brought_along(algorithm): words += ["--with", *around]
     for name, value in flat.items():
-        if value != usual.get(name): words += [f"--{name}", str(value)]
+        if value == usual.get(name): continue
+        words += [f"--{name}", "null" if value is None else str(told(value, name))]
     return shlex.join(words)
 
 
@@ -941,13 +967,13 @@ def save(
     measured = read_figures(v.figures, folder)
     config = read_config(folder)
     task, velocity, state = load_run(folder)
-    require(task.saves, "DIR", str(folder), "the run of a pipeline: sd3, flux or scenes")
+    require(task.saves, "DIR", str(folder), "the run of a pipeline: sd3, flux, images or scenes")
     at = state["iteration"]
     path = Path(v.out) if v.out else folder / f"trained-{at:06d}"
     task.save(velocity, path)
     evals = [row for row in read_rows(folder / "eval.jsonl") if row["iteration"] <= at]
     title = (v.push or folder.resolve().name).rpartition("/")[2]
-    command = command_of(share.shareable(config))
+    command = command_of(config, share.shareable)
     card = share.model_card(title, config, at, evals, command, measured, v.push or "")
     write_atomically(path / "README.md", card)
     print(path, flush=True)

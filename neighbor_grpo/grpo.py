@@ -104,13 +104,14 @@ class SurrogateStats:
             ratio = (log_prob - old_log_prob).exp()
             outside = ((ratio - 1).abs() > clip_range).float().mean()
             mean = torch.full_like(outside, math.nan) if entropy is None else entropy.mean()
-            self.seen.append(torch.stack([ratio.min(), ratio.max(), outside, mean]))
+            size = torch.full_like(outside, ratio.numel())
+            self.seen.append(torch.stack([ratio.min(), ratio.max(), outside, mean, size]))
         return surrogate(log_prob, old_log_prob, advantages, clip_range, weight)
 
     def summary(self) -> dict[str, float | None]:
         "`ratio_min`, `ratio_max`, `clip_fraction`, `entropy` in nats; None: there is none."
         names = "ratio_min", "ratio_max", "clip_fraction", "entropy"
         if not self.seen: return dict.fromkeys(names)
-        low, high, outside, entropy = torch.stack(self.seen, 1)
-        values = low.min(), high.max(), outside.mean(), entropy.mean()
+        low, high, *means, sizes = torch.stack(self.seen, 1)
+        values = low.min(), high.max(), *((m * (sizes / sizes.mean())).mean() for m in means)
         return {k: None if v.isnan() else v.item() for k, v in zip(names, values)}

@@ -444,7 +444,7 @@ def metrics(run: Run, rewards: Tensor,  # (P, G) of these groups, as they were c
     everyone, shares = torch.cat(run.gather(rewards)), run.gather(rollout.nfe)
     again = sum(len(update.trained) for update in updates if update.again)
     more = sum(penalty.evaluations(run.algorithm)[0] for penalty in run.penalties)
-    seen = SurrogateStats(sum(run.gather(stats.seen), []))
+    seen = SurrogateStats(sum(run.gather([row.cpu() for row in stats.seen]), []))
     return dict(iteration=run.iteration + 1, reward_mean=everyone.mean().item(),
                 reward_std=everyone.std(1, correction=0).mean().item(),
                 nfe_old=sum(shares) / len(shares) + again / rollout.x.shape[1:3].numel(),

@@ -149,3 +149,13 @@ def test_stats_of_a_policy_without_entropy():
     stats = SurrogateStats()
     stats.surrogate(torch.zeros(3), torch.zeros(3), torch.zeros(3), 0.1)
     assert stats.summary() == {"ratio_min": 1.0, "ratio_max": 1.0, "clip_fraction": 0.0, "entropy": None}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_stats_do_not_depend_on_how_states_are_split(size):
+    log_prob, old, gains = torch.tensor([0.0, 0.3, 0.0, 0.0, 0.3]), torch.zeros(5), torch.zeros(5)
+    stats = SurrogateStats()
+    for rows in torch.arange(5).split(size):
+        stats.surrogate(log_prob[rows], old[rows], gains[rows], 0.1, entropy=1 + rows.float())
+    summary = stats.summary()
+    assert summary["clip_fraction"] == pytest.approx(2 / 5) and summary["entropy"] == pytest.approx(3)

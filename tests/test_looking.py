@@ -3,17 +3,20 @@
 import json
 import math
 import shlex
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from neighbor_grpo.cli import main
+from neighbor_grpo import cli
+from neighbor_grpo.cli import main, run_names
 from neighbor_grpo.flow import randn, seeded
 from neighbor_grpo.lab import looking
 from neighbor_grpo.lab.compare import interval
 from neighbor_grpo.rewards import signs
-from neighbor_grpo.runs.folder import read_rows
+from neighbor_grpo.runs.folder import read_rows, write_config
 from neighbor_grpo.runs.pictures import Seen
 
 SMALL = "--quiet --iterations 2 --groups 2 --group_size 4 --anchors 2 --eval_every 2"
@@ -173,3 +176,36 @@ def test_scenes_show_their_signs_and_take_captions(tmp_path, capsys):
     assert "prompts must be captions of scenes" in said(
         capsys, f"evaluate {tmp_path / 'run'} --prompts {tmp_path / 'p.txt'}", 1
     )
+
+
+def test_runs_of_one_name_are_told_apart(toys, tmp_path, capsys):
+    shutil.copytree(toys / "b", tmp_path / "a")
+    folders = [str(toys / "a"), str(tmp_path / "a")]
+    assert run_names(folders) == dict(zip(folders, folders)) and run_names(folders[:1]) == {folders[0]: "a"}
+    widths = {}
+    for count in (1, 2):
+        path = tmp_path / f"{count}.png"
+        said(capsys, f"sample {' '.join(folders[:count])} --out {path}")
+        widths[count] = Image.open(path).width
+    assert widths[2] > 1.3 * widths[1], "one base, two runs"
+
+
+def test_runs_of_several_bases_are_drawn_beside_them(toys, tmp_path, monkeypatch):
+    shown = []
+    config = json.loads((toys / "b" / "config.json").read_bytes())
+    draw = lambda policies, path: shown.append(policies)
+    load_run = lambda folder: (SimpleNamespace(base=folder, draw=draw), 0, dict(iteration=2))
+    monkeypatch.setattr(cli, "load_run", load_run)
+    other = config | dict(training=config["training"] | dict(seed=1))
+    for name, known in dict(b=config, c=other).items():
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name, {key: value for key, value in known.items() if key != "sha256"})
+    b, c = f"{tmp_path}/b", f"{tmp_path}/c"
+    cli.draw_runs([b, c], f"{tmp_path}/both.png")
+    after = "after 2 iterations"
+    assert shown == [{"before": b, f"b {after}": 0, "c, before": c, f"c {after}": 0}]
+
+
+@pytest.mark.parametrize("count", [0, -4])
+def test_a_count_below_one_is_refused_as_it_was_given(toys, count, capsys):
+    assert f"--count must be an integer >= 1, got {count}" in said(capsys, f"sample {toys}/a --count {count}", 1)

@@ -1,15 +1,19 @@
 """Where the settings of a run begin: what was found better, or an algorithm's paper."""
 
 import itertools
+import shlex
 from pathlib import Path
 
 import pytest
 
-from neighbor_grpo.cli import FOUND, TASKS, defaults_of, read_command, read_variant, recipes
+from neighbor_grpo.cli import FOUND, TASKS, command_of, defaults_of, read_command, read_variant, recipes
 from neighbor_grpo.lab.compare import read_csv
+from neighbor_grpo.lab.share import shareable
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.penalties import forward_equivalents
 from neighbor_grpo.rivals.catalogue import ALGORITHMS
+from neighbor_grpo.runs.plugins import GIVEN, give_plugins
+from neighbor_grpo.runs.trainer import run_config
 from neighbor_grpo.training import TrainSettings
 
 NBS = Path(__file__).parents[1] / "nbs"
@@ -72,3 +76,38 @@ def test_the_page_tells_what_the_papers_settings_cost_on_digits():
     found, paper = (sum(first[side, seed] for seed in both) for side in ("found", "paper"))
     assert len(both) == 3
     assert f"cost {paper / found:.1f} times as much" in (NBS / "launch.ipynb").read_text(encoding="utf-8")
+
+
+def config_of(line):
+    "What a run of a command line remembers."
+    task, (task_settings, algorithm, settings), _ = read_command(shlex.split(line))
+    return run_config(algorithm, settings, task_name=task, task=vars(task_settings))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "images --source miniature",
+        "images --source miniature --guidance_scale 1 --train_guidance_scale 1",  # not the family's
+        "digits --algorithm op",
+        "digits --algorithm op --trained_steps 4 --chunk 2",  # not as it is brought along
+        "toy --shift null",
+        "digits --preset paper",
+    ],
+)
+def test_a_run_s_command_line_makes_it_again(line):
+    config = config_of(line)
+    *_, task = words = shlex.split(command_of(config))[:3]
+    assert words[:2] == ["neighbor-grpo", "train"] and line.startswith(task)
+    assert config_of(shlex.join(shlex.split(command_of(config))[2:])) == config
+
+
+def test_a_command_line_that_is_shown_names_no_folder(tmp_path):
+    (tmp_path / "bright.py").write_text("def bright(image, prompt): return 0.0")
+    config = config_of(f"images --source miniature --rewards {tmp_path}/bright.py:bright")
+    give_plugins([tmp_path / "bright.py"])
+    try:
+        shown = command_of(config, shareable)
+    finally:
+        GIVEN.clear()
+    assert "bright.py:bright" in shown and str(tmp_path) not in shown

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from neighbor_grpo import training
 from neighbor_grpo.models import miniature
 from neighbor_grpo.models.miniature import PretrainSettings, pretrain
+from neighbor_grpo.models.pipeline import MINIATURE
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.state import Snapshot, snapshot_of
 from neighbor_grpo.tasks.digits import DigitsSettings, DigitsTask
@@ -186,3 +188,22 @@ def test_what_is_tied_is_written_and_put_back(tmp_path):
     Snapshot(tmp_path, "tied").save(1, now=True, networks=first)
     Snapshot(tmp_path, "tied").restore(networks=second)
     assert torch.equal(second["b"].weight, first["a"].weight) and second["a"].weight is second["b"].weight
+
+
+def test_a_pretraining_does_not_go_on_from_what_has_no_log(tmp_path):
+    "Its card would be missed at the end; the folder is as free as before."
+    with pytest.raises(ValueError, match=r"source must be .* log.jsonl"):
+        pretrain(tmp_path / "new", PretrainSettings(source=str(tmp_path)), progress=False)
+    with pytest.raises(ValueError, match=r"source must be .* log.jsonl"):
+        pretrain(tmp_path / "new", PretrainSettings(source=str(tmp_path / "other")), progress=False)
+
+
+@pytest.mark.parametrize("source", ["miniature", str(MINIATURE)])
+def test_a_pretraining_goes_on_from_the_packaged_pipeline_by_either_name(source, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(miniature, "open_pipeline", lambda family, source: opened.append(source))
+    monkeypatch.setattr(miniature, "draw_scenes", lambda *args: None)
+    with suppress(TypeError):  # there are no scenes
+        miniature.make_miniature(tmp_path, PretrainSettings(source=source), False)
+    rows = read_rows(tmp_path / "log.jsonl")
+    assert opened == [source] and any("decibel" in row for row in rows)

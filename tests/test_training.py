@@ -9,12 +9,13 @@ import torch
 from helpers import TinyTask, weights
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from neighbor_grpo.flow import seeded
-from neighbor_grpo.grpo import check_rewards, combine_rewards
+from neighbor_grpo.grpo import SurrogateStats, check_rewards, combine_rewards
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.gaussian import DanceGRPO
-from neighbor_grpo.training import Run, TrainSettings, choose_prompts, score, train
+from neighbor_grpo.training import Run, TrainSettings, choose_prompts, metrics, score, train
 
 ALGORITHM = NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2)
 SETTINGS = TrainSettings(iterations=6, groups=3, updates=2, lr=1e-2, kl_weight=0.05, ema=0.8, eval_every=2)
@@ -370,3 +371,21 @@ def test_a_member_beyond_the_six_is_not_ignored():
     task.reward_weights = [1.0, 2.0]
     with pytest.raises(ValueError, match="task must be an instance of training.Task.*reward_weights.*'SixMembers'"):
         Run(task, ALGORITHM, SETTINGS)
+
+
+def test_processes_exchange_what_is_in_the_computers_memory():
+    "What is pickled on one GPU would stay on it, where another process cannot put it beside its own."
+    asked = []
+
+    def gather(value):
+        asked.append(value)
+        return [value]
+
+    run = SimpleNamespace(gather=gather, penalties=[], iteration=0)
+    with FakeTensorMode():
+        stats, values = SurrogateStats(), torch.zeros(4, device="cuda:1")
+        stats.surrogate(values, values, values, 0.1)
+        rollout = SimpleNamespace(nfe=1.0, x=torch.zeros(2, 1, 2))
+        with pytest.raises(DataDependentOutputException):  # mere shapes have no mean
+            metrics(run, torch.zeros(1, 2), rollout, [], stats)
+    assert [row.device.type for row in asked[-1]] == ["cpu"]

@@ -24,7 +24,7 @@ from neighbor_grpo.models.miniature import (
     pretraining_captions, runs_table, save_half, train_transformer, wilson, with_networks,
     within)
 from ..models.pipeline import (MINIATURE, PipelinePolicy, encode_prompts,
-                                           open_pipeline)
+                                           located, open_pipeline)
 from ..models.sd3 import SD3
 from ..rollouts import check_types, take
 from ..runs.folder import (Checkpoints, load_tensors, read_config, read_rows,
@@ -295,7 +295,7 @@ def make_distilled(
     pipeline = open_pipeline(SD3, s.student or s.source or MINIATURE)
     judge = partial(accuracies, images=s.watch_images)
     log = open_log(folder / "log.jsonl",
-                   read_rows(Path(s.student) / "log.jsonl") if s.student else [])
+                   read_rows(Path(located(s.student)) / "log.jsonl") if s.student else [])
     names = dict(source=Path(s.source or MINIATURE).name, student=Path(s.student).name)
     log(settings=vars(s) | names)
     if not s.student:

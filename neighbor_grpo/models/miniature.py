@@ -41,7 +41,7 @@ from ..tasks.scenes import (SIZE, Caption, all_captions, draw_layout, find, rend
                                         split_captions, verify, words)
 from .pipeline import (
     MINIATURE, PipelinePolicy, PipelineSettings, PipelineTask, absolute, check_source, decode,
-    encode_prompts, open_pipeline, read_inputs, save_policy, write_inputs)
+    encode_prompts, located, open_pipeline, read_inputs, save_policy, write_inputs)
 from .sd3 import SD3
 from ..runs.machine import quiet
 from ..solvers import solve
@@ -441,9 +441,11 @@ def claim_pretraining(
     settings: Settings,  # with a `source`
 ) -> None:
     "Refuse a folder with something else in it, and a killed pretraining with other settings."
-    note, said = folder / PROGRESS / "settings.json", dict(vars(settings))
-    if said["source"]: said["source"] = str(Path(said["source"]).absolute())
-    if note.exists(): return check_config(json.loads(note.read_text()), said)
+    note = folder / PROGRESS / "settings.json"
+    said = {name: absolute(value) if name in ("source", "student") else value
+            for name, value in vars(settings).items()}
+    made = {path.name for path in folder.rglob("*")} - {PROGRESS, note.name, ".lock"}
+    if note.exists() and made: return check_config(json.loads(note.read_text()), said)
     found = [path.name for path in folder.iterdir()] if folder.exists() else []
     require(set(found) <= {PROGRESS}, "folder", str(folder),
             "new or empty, or of a pretraining that was killed")
@@ -510,8 +512,10 @@ def make_miniature(
 ) -> None:
     "Autoencoder, then transformer with text encoders; in half precision, with log and model card."
     source = settings.source
+    earlier = read_rows(Path(located(source)) / "log.jsonl") if source else []
+    known = not source or any("decibel" in row for row in earlier)
+    require(known, "source", source, "the folder of a pretraining, with its log.jsonl")
     pipeline = open_pipeline(SD3, source) if source else make_pipeline(settings.seed)
-    earlier = read_rows(Path(source) / "log.jsonl") if source else []
     log = open_log(folder / "log.jsonl", earlier)
     log(settings=vars(settings) | dict(source=Path(source).name))
     images, captions = draw_scenes(settings.scenes, seeded(settings.seed, 0))

@@ -521,7 +521,7 @@ def read_config(
 MAY_CHANGE = ("iterations", "keep", "versions", "source", "prompts", "held_out", "device",
               "min_memory", "offload", "plugins", "stop_when_worse", "stop_figure")
 # What runs did before there was a setting for it.
-EARLIER = dict(optimizer="adamw", quantize="none")
+EARLIER = dict(optimizer="adamw", quantize="none", eval_method="dpm++2m")
 
 def check_config(
     old: dict,  # of the run folder

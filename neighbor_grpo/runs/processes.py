@@ -28,7 +28,8 @@ from .tracking import tracker_names
 # what a launcher tells
 LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 OFF = ("", "0", "false", "no", "none")
-BLOCKS = ("", "jointtransformerblock", "fluxtransformerblock", "fluxsingletransformerblock")
+BLOCKS = ("", *(f"{name}transformerblock" for name in (
+    "joint", "flux", "fluxsingle", "flux2", "flux2single", "qwenimage", "zimage", "sana", "wan")))
 CHECKED = {  # variables of `accelerate launch`: the values that hold here, what to do about others
     "ACCELERATE_MIXED_PRECISION": (OFF, "'no': networks keep the precision they are opened with"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (("", "1"), "1: use groups and micro_batch"),
@@ -44,7 +45,7 @@ CHECKED = {  # variables of `accelerate launch`: the values that hold here, what
     "FSDP_SHARDING_STRATEGY": (("", "1", "full_shard"), "FULL_SHARD"),
     "FSDP_RESHARD_AFTER_FORWARD": (("", "true", "full_shard"), "true"),
     "FSDP_AUTO_WRAP_POLICY": (("", "transformer_based_wrap"), "TRANSFORMER_BASED_WRAP"),
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": (BLOCKS, "among the blocks of SD3 and FLUX, all split"),
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": (BLOCKS, "among the blocks of the families, all split"),
     "FSDP_IGNORED_MODULES": (OFF, "unset: all of a policy is split"),
     "FSDP_BACKWARD_PREFETCH": (("", "backward_pre"), "BACKWARD_PRE"),
     "FSDP_FORWARD_PREFETCH": (OFF, "false"),

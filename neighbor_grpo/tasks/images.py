@@ -83,7 +83,7 @@ class ImagesSettings(PipelineSettings):
     seen_frames: int = 4
     "Frames of a video that rewards see, evenly spread; its score is their mean."
     max_sequence_length: int = 256
-    "Tokens of the T5 encoder, to which each prompt is padded."
+    "Tokens of the text encoder (beside CLIP's), to which each prompt is padded."
     eval_images: int = 32
     "Images of each evaluation, from fixed noise; held-out prompts are taken in turn."
     eval_steps: int = 20
@@ -266,7 +266,7 @@ def write_encoded(
 def say_cut(
     pipeline: DiffusionPipeline,  # with its tokenizers
     prompts: list[str],
-    max_sequence_length: int,  # tokens of the T5 encoder
+    max_sequence_length: int,  # tokens of the text encoder
 ) -> None:
     "One line on standard error if prompts are longer than what is read of them."
     cut = [f"{count} at {limit}"
@@ -280,7 +280,7 @@ def encode_and_drop(
     family: Family,
     pipeline: DiffusionPipeline,  # its text encoders leave
     prompts: list[str],
-    max_sequence_length: int,  # tokens of the T5 encoder
+    max_sequence_length: int,  # tokens of the text encoder
     device: torch.device,  # where the encoders work
     progress: bool = True,  # show a progress bar
     keep: Keep = collect,  # where what they said goes
@@ -499,7 +499,8 @@ class ImagesTask(PipelineTask):
         rows = torch.tensor([self.prompts + number % self.held for number in numbers])
         draws = [seeded(view.seed, number) for number in numbers]
         noise = randn((len(rows), *self.shape), draws, self.device)
-        ts = time_grid(view.steps or self.settings.eval_steps, self.shift)
+        steps = view.steps or self.settings.eval_steps
+        ts = time_grid(steps, self.shift_at(steps))
         path = solve(velocity, noise, ts, self.conditions(rows))
         texts = [self.texts[row] for row in rows.tolist()]
         return self.decode(path.x[-1]), texts, velocity_norm(path.v)
