@@ -587,7 +587,7 @@ class ScenesSettings(PipelineSettings):
 
 # %% ../../nbs/models/miniature.ipynb #de6deaad
 class ScenesTask(PipelineTask):
-    """The scenes rung: a miniature Stable Diffusion 3 whose images are checked against their
+    """The scenes task: a miniature Stable Diffusion 3 whose images are checked against their
     captions."""
     def __init__(self, settings: ScenesSettings = ScenesSettings(),
                  folder: str | Path | None = None,  # of the run: keeps the pipeline's mark

@@ -167,7 +167,7 @@ class DigitsSettings:
 
 # %% ../../nbs/tasks/digits.ipynb #08632488
 class DigitsTask(Visible):
-    "The digits rung: a class-conditional flow, trained without a label toward one digit."
+    "The digits task: a class-conditional flow, trained without a label toward one digit."
     shape, prompts = (1, 8, 8), 1
 
     def __init__(self, settings: DigitsSettings = DigitsSettings(),

@@ -63,7 +63,7 @@ class ToySettings:
 
 # %% ../../nbs/tasks/toy2d.ipynb #f8d2f10f
 class ToyTask(Visible):
-    """The 2-D rung: a pretrained flow to eight Gaussians, and `exp(-d^2 / 2 width^2)` for
+    """The toy in the plane: a pretrained flow to eight Gaussians, and `exp(-d^2 / 2 width^2)` for
     the distance `d` to one mean."""
     shape, prompts = (2,), 1
 
