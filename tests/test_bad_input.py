@@ -220,7 +220,7 @@ CALLS = [
         lambda: modified(FlowGRPO(), "guards"),
         "modifiers",
         "['guards']",
-        "weights, mask, guard, chunks, slas, gdpo, previews, replay",
+        "weights, mask, guard, chunks, gdpo, slas, previews, replay",
     ),
     (lambda: modified(FlowGRPO(), "guard", chunk=3), "settings", "['chunk']", "those of the modifiers"),
     (lambda: make("ppo"), "name", "'ppo'", "neighbor, flow, dance"),

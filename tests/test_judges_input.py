@@ -124,3 +124,10 @@ def test_who_cleans_prompts(monkeypatch):
 )
 def test_rewards_of_one_kind_keep_their_names(text, names):
     assert reward_names(text) == names
+
+
+def test_spaces_around_a_source_do_not_keep_it_from_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for text in ("clip@models , hps", "clip@ models,hps"):
+        assert library.absolute_rewards(text).split(",")[0] == f"clip@{tmp_path / 'models'}"

@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
-import yaml
 
 import measure_gpu
+from neighbor_grpo.cli import read_command
 from neighbor_grpo.lab import benchmark, cost
 from neighbor_grpo.lab.benchmark import StreamTime, summaries, timed_rounds
 from neighbor_grpo.lab.cost import (
@@ -175,13 +175,21 @@ def test_every_part_is_possible():
     for part in measure_gpu.parts():
         values = dict(part.settings)
         if part.run is measure_gpu.recipe:
-            values |= yaml.safe_load(
-                (ROOT / f"neighbor_grpo/recipes/{values['name']}.yaml").read_text(encoding="utf-8")
-            )
+            values |= measure_gpu.recipe_values(values["name"])
         PipelineSettings(**{f.name: values[f.name] for f in fields(PipelineSettings) if f.name in values})
         for algorithm in measure_gpu.algorithms(small=False):
             assert values.get("micro_batch", 0) % algorithm.together == 0
         assert values.get("model", "tiny") in cost.MODELS and part.least < part.limit <= 540
+
+
+def test_a_recipe_is_measured_as_it_is_trained():
+    for part in measure_gpu.parts():
+        if part.run is measure_gpu.recipe:
+            values = measure_gpu.recipe_values(part.settings["name"])
+            task, algorithm, _ = read_command([values["task"], "--recipe", part.settings["name"]])[1][:3]
+            for own, default in ((algorithm, NeighborGRPO()), (task, PipelineSettings())):
+                names = [field.name for field in fields(default) if field.name != "shift"]  # the task's here and there
+                assert [getattr(own, n) for n in names] == [values.get(n, getattr(default, n)) for n in names]
 
 
 def test_rise_has_to_be_clear():

@@ -116,7 +116,7 @@ def test_a_modifier_passes_on_what_it_does_not_change(algorithm):
 def test_modifiers_are_known_by_name_and_always_in_one_order():
     settings = {"chunk": 3, "scouts": 30, "advantage_power": 0.2}
     built = modified(FlowGRPO(), *reversed(MODIFIERS), **settings)
-    names = "lean weights mask guard chunks slas gdpo previews replay".split()
+    names = "lean weights mask guard chunks gdpo slas previews replay".split()
     assert list(modifiers_of(built)) == list(MODIFIERS) == names
     found = {name: value for own in modifiers_of(built).values() for name, value in own.items()}
     assert {name: found[name] for name in settings} == settings and base(built) == FlowGRPO()

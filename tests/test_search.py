@@ -26,6 +26,7 @@ from neighbor_grpo.lab.search import (
     changed,
     default_space,
     nearest,
+    settings_from,
     settings_in,
     within,
 )
@@ -235,3 +236,10 @@ def test_the_same_words_compare_recipes_again(tmp_path):
         assert {side.settings.lr for side in study.variants} == {0.002}
         said = {name: values[name] for name in ("task", "variants", "seeds", "evaluations", "bounds")}
         (tmp_path / "study.json").write_text(json.dumps(said))
+
+
+def test_choices_are_taken_as_they_are_said_and_drawn_numbers_are_short():
+    space = dict(lr=(0.123456, 1e-3), sigma=Range(0.1, 0.99999), steps=Range(2, 9))
+    found = settings_from(space, dict(lr=0.123456, sigma=0.299999, steps=3))
+    assert found == dict(lr=0.123456, sigma=0.3, steps=3)
+    assert settings_from(space, dict(sigma=0.99998)) == dict(sigma=0.99999)  # not beyond the range

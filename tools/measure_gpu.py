@@ -132,7 +132,7 @@ def check(device, seconds, report, known, iterations, pixels):
 
 
 def algorithms(small):
-    "At their papers' settings, the cheapest first; or with few candidates and steps."
+    "At their papers' settings, Neighbor GRPO first; or with few candidates and steps."
     from neighbor_grpo.neighbor import NeighborGRPO
     from neighbor_grpo.rivals.forward import DiffusionNFT
     from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
@@ -203,16 +203,23 @@ def random_judge(device, tiny):
     return judge
 
 
+def recipe_values(name):
+    "The settings of a recipe by name, with what a run of Neighbor GRPO takes where it says nothing."
+    import yaml
+
+    path = ROOT / "neighbor_grpo" / "recipes" / f"{name}.yaml"
+    return FEWER | yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def recipe(device, seconds, report, known, name, model, gigabytes=0, tiny=False):
     "An iteration of a recipe, with PyTorch's memory capped if gigabytes are given."
     import torch
-    import yaml
 
     from neighbor_grpo.lab.cost import measure_model
     from neighbor_grpo.models.pipeline import PipelineSettings
     from neighbor_grpo.neighbor import NeighborGRPO
 
-    values = yaml.safe_load((ROOT / "neighbor_grpo" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    values = recipe_values(name)
     if tiny:
         values.update(
             height=32, width=32, lora_rank=4, groups=1, group_size=4, steps=2, trained_steps=1, precision="float32"

@@ -175,7 +175,8 @@ def summaries(
         cost = forward_equivalents(algorithm)
         counts = dict(nfe_old=algorithm.nfe_old, nfe_theta=algorithm.nfe_theta, cost=cost)
         middle = {key: statistics.median(row[key] for row in timed) for key in timed[0]}
-        times = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found[0], timed))
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(found[0], timed)]
+        times = statistics.median(ratios or [math.nan])  # where the first one had no time
         rows.append(dict(algorithm=type(algorithm).__name__, **counts, timed=len(timed), **middle,
                          times=times, limit=cost / first))
     return rows

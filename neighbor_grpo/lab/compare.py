@@ -78,7 +78,7 @@ class Bound:
         "How far the figure is beyond the limit, as a part of it; 0 where the bound holds."
         limit = start[self.figure] if self.limit is None else self.limit
         value = figures[self.figure]
-        if value is None or not math.isfinite(value): return math.inf
+        if None in (value, limit) or not math.isfinite(value + limit): return math.inf
         return max(0.0, value - limit if self.at_most else limit - value) / (abs(limit) or 1.0)
 
 

@@ -69,7 +69,7 @@ def warnings_of(
         verb, share = ("rose", "above") if ratio > 1 else ("fell", "below")
         found.append(f"{name} ({sign.meaning}) {verb} to {ratio:.2f} times its value before "
                      f"training, {share} the bound of {bound:.2f}, while the reward rose.")
-    rose = look.figures["reward"]["difference"] > 0
+    rose = look.figures.get("reward", {}).get("difference", 0) > 0  # of a diverged run: none
     judges = [name for name, known in look.figures.items()
               if known["kind"] == "held out" and name not in WITHOUT_WEIGHTS]
     for name in judges if rose else []:
@@ -214,7 +214,8 @@ def make_report(
              "Curves": "<p>Dots: held out. Thin line: the training groups.</p>"
                        f'<div class="wide" tabindex="0">{curves(stories)}</div>',
              "The same noise before and after": "".join(shown),
-             "Figures": "<p>Means with 95 % intervals over prompts; differences are paired.</p>"
+             "Figures": "<p>Means with 95 % intervals over prompts, or over the samples of a "
+                        "single one; differences are paired.</p>"
                         + figures_of(looks), "Settings": "".join(settings)}
     body = "".join(f"<section><h2>{name}</h2>{part}</section>" for name, part in parts.items())
     return PAGE.substitute(title=title, body=body)

@@ -213,7 +213,8 @@ class Search:
         start, evals = run["evals"][0], run["evals"]
         missing = [self.shortfall(row, start) for row in evals]
         if not self.figure: return min(missing), evals[missing.index(min(missing))]
-        return math.inf if run["ended"] else missing[-1], evals[-1]
+        known = not run["ended"] and evals[-1][self.figure] is not None
+        return missing[-1] if known else math.inf, evals[-1]
 
     def over(self, evals: Sequence[Mapping[str, Any]]) -> bool:
         "Does a run end at its last evaluation: does all hold, or has it passed by?"
@@ -337,7 +338,8 @@ def settings_from(
     for name, value in params.items():
         values = space[name]
         several = isinstance(values, tuple) and isinstance(values[0], dict)
-        if type(value) is float: value = float(f"{value:.4g}")  # a recipe is read by people
+        if isinstance(values, Range) and type(value) is float:  # a recipe is read by people
+            value = min(max(float(f"{value:.4g}"), values.low), values.high)
         found |= json.loads(value) if several else {name: value}
     return found
 

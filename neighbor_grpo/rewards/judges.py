@@ -386,7 +386,7 @@ def absolute_rewards(
     "A list of rewards with absolute paths."
     entries = [entry.partition("@") for entry in map(spelled_out, text.split(","))]
     kinds = [REWARDS[name] for _, name, _ in parse_rewards(text)]
-    return ",".join(name + at + (kind.absolute(place) if at else "")
+    return ",".join(name + at + (kind.absolute(place.strip()) if at else "")
                     for kind, (name, at, place) in zip(kinds, entries))
 
 

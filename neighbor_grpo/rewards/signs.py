@@ -94,6 +94,7 @@ def moved(
     "The signs that left their bounds while the reward rose."
     known = [name for name in SIGNS if before.get(name) and after.get(name) is not None]
     ratios = {name: after[name] / before[name] for name in known}
-    if not after["reward"] > before["reward"]: return {}
+    ends = before["reward"], after["reward"]
+    if None in ends or not ends[1] > ends[0]: return {}
     return {name: ratio for name, ratio in ratios.items()
             if not SIGNS[name].low <= ratio <= SIGNS[name].high}

@@ -38,7 +38,7 @@ ALGORITHMS: dict[str, type] = {
 MODIFIERS: dict[str, type] = {
     "lean": KeptGraphs,
     "weights": TimeWeights, "mask": MaskedRatios, "guard": GuardedRatios, "chunks": ChunkedRatios,
-    "slas": ShapedAdvantages, "gdpo": BatchAdvantages,
+    "gdpo": BatchAdvantages, "slas": ShapedAdvantages,
     "previews": Previews, "replay": Replay,
 }  # from the inside to the outside
 

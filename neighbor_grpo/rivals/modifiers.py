@@ -55,6 +55,8 @@ class Modifier(StepAlgorithm):
     "What is modified; may have modifiers itself."
     fits: ClassVar[type] = StepAlgorithm
     "Which algorithms: those with ratios of their solver's steps, or all."
+    inside_of: ClassVar[tuple[type, ...]] = ()
+    "Modifiers that it must not be around."
 
     def __post_init__(self):
         own = base(self)
@@ -63,6 +65,8 @@ class Modifier(StepAlgorithm):
         require(fits, type(self).__name__, f"around {type(own).__name__}", allowed)
         once = type(self) not in kinds(self.algorithm)
         require(once, type(self).__name__, "around another", "around none of its kind")
+        wrong = [kind.__name__ for kind in kinds(self.algorithm) if kind in self.inside_of]
+        require(not wrong, type(self).__name__, f"around {''.join(wrong)}", "inside of it")
         stacked = self.fits is Algorithm or self.algorithm.together == 1
         require(stacked, type(self).__name__, "around ChunkedRatios",
                 "around ratios of single steps: chunks go outside")
@@ -122,11 +126,13 @@ class ShapedAdvantages(Modifier):
 class BatchAdvantages(Modifier):
     "GDPO: the sum of several standardized rewards is standardized over the batch once more."
     fits: ClassVar[type] = Algorithm
+    inside_of: ClassVar[tuple[type, ...]] = (ShapedAdvantages,)  # which shapes as it likes
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
-        total = combine_rewards(rewards, weights, standardize)
-        found = self.algorithm.advantages(rewards, weights, standardize)
+        each = partial(standardize)  # not the default itself, which some leave out
+        total = combine_rewards(rewards, weights, each)
+        found = self.algorithm.advantages(rewards, weights, each)
         return (found - total.mean()) / (total.std(correction=0) + 1e-6)
 
 # %% ../../nbs/rivals/modifiers.ipynb #c0453b1e
@@ -168,12 +174,11 @@ class MaskedRatios(Modifier):
     kl_threshold: float = 1e-5
     """delta > 0, for divergences averaged over the dimensions; 1e-5 in the authors' code,
     with two updates on a rollout. With one, nothing is blocked."""
+    inside_of: ClassVar[tuple[type, ...]] = (GuardedRatios,)
 
     def __post_init__(self):
         super().__post_init__()
         require(self.kl_threshold > 0, "kl_threshold", self.kl_threshold, "> 0")
-        plain = GuardedRatios not in kinds(self.algorithm)
-        require(plain, type(self).__name__, "around GuardedRatios", "inside of it")
 
     def loss(self, velocity, rollout, states, advantages, on_policy=False, surrogate=surrogate):
         watched = Watched(velocity)

@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..flow import Generators, Velocity, require
+from ..flow import Velocity, require
 from ..grpo import check_rewards, combine_rewards, group_advantages, surrogate
 from ..neighbor import NeighborGRPO
 from .gaussian import SDEGRPO
 from ..rollouts import (Rollout, Standardize, States, StepAlgorithm, Surrogate,
-                                    check_settings, choose_steps, everyone)
+                                    check_settings)
 
 # %% ../../nbs/rivals/pairs.ipynb #95d014d9
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class FDFO(StepAlgorithm):
     starts, follow = NeighborGRPO.starts, NeighborGRPO.follow
     untrained, nfe_old = NeighborGRPO.untrained, NeighborGRPO.nfe_old
     nfe_theta = SDEGRPO.nfe_theta  # one a trained step
+    trainable = property(lambda self: (1, self.steps))  # least and most steps, the last one too
+    choose = SDEGRPO.choose  # all candidates of each group at the group's K steps
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
@@ -62,12 +64,6 @@ class FDFO(StepAlgorithm):
         total = combine_rewards(rewards, weights, standardize)
         total = total - total[:, :1]  # a group of equal rewards becomes exactly zero
         return total - total.mean(1, keepdim=True)
-
-    def choose(self, rollout: Rollout, generator: Generators = None) -> States:
-        "All candidates of each group at the group's K steps."
-        groups, count = rollout.x.shape[1], self.trained_steps
-        steps = choose_steps(groups, self.steps, count, self.train_where, generator)
-        return States.product(steps, everyone(rollout), rollout.x.device)
 
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:

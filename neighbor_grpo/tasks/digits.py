@@ -127,8 +127,9 @@ def halves(
 def frechet_distance(
     a: Tensor,  # (N, F) features, N > F
     b: Tensor,  # (M, F) features, M > F
-) -> float:  # >= 0, in squared feature units
+) -> float:  # >= 0, in squared feature units; nan for too few
     "Squared Fréchet distance of Gaussians fitted to two feature sets (arXiv 1706.08500)."
+    if min(len(a), len(b)) <= a.shape[1]: return float("nan")
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
