@@ -32,7 +32,8 @@ ALGORITHMS = {"neighbor": "#0072B2", "flow": "#E69F00", "dance": "#B8860B",
               "mix": "#CC79A7", "mix-flash": "#A64D79", "mix-flash-star": "#7A3B5A",
               "tempflow": "#D55E00", "nft": "#009E73", "vgrpo": "#56B4E9", "op": "#666666",
               "tmpo": "#000000", "dppo": "#8DB600", "fdfo": "#5E3C99",
-              "awm": "#7FC97F", "dgpo": "#8C510A", "ram": "#D4B9DA"}
+              "awm": "#7FC97F", "dgpo": "#8C510A", "ram": "#D4B9DA",
+              "branch": "#01665E"}
 advantage_colors = LinearSegmentedColormap.from_list("advantages", [BAD, "#EEEEEE", GOOD])
 
 # %% ../nbs/figures.ipynb #4a160404

@@ -26,7 +26,7 @@ from neighbor_grpo.reweighting import quasi_norm
 from neighbor_grpo.rivals.catalogue import make, modified
 from neighbor_grpo.rivals.forward import VGRPO, DiffusionNFT, forward_times
 from neighbor_grpo.rivals.gaussian import DanceGRPO, FlowGRPO
-from neighbor_grpo.rivals.mixed import MixGRPO, MixGRPOFlash, TempFlowGRPO
+from neighbor_grpo.rivals.mixed import BranchGRPO, MixGRPO, MixGRPOFlash, TempFlowGRPO
 from neighbor_grpo.rivals.modifiers import (
     ChunkedRatios,
     GuardedRatios,
@@ -197,6 +197,11 @@ CALLS = [
     (lambda: TempFlowGRPO(train_where="first"), "train_where", "'first'", "'random'"),
     (lambda: TempFlowGRPO(trained_steps=2), "trained_steps", "2", "1, the step"),
     (lambda: TempFlowGRPO(shared_noise=False), "shared_noise", "False", "True"),
+    (lambda: BranchGRPO(shared_noise=False), "shared_noise", "False", "True: a tree has one root"),
+    (lambda: BranchGRPO(train_where="random"), "train_where", "'random'", "first, last"),
+    (lambda: BranchGRPO(split_every=0), "split_every", "0", "an integer >= 1"),
+    (lambda: BranchGRPO(split_scale=0.0), "split_scale", "0.0", "> 0"),
+    (lambda: ChunkedRatios(BranchGRPO()), "ChunkedRatios", "around BranchGRPO", "steps of their own"),
     (lambda: shape_advantages(torch.rand(2, 3), -0.5), "power", "-0.5", ">= 0"),
     (lambda: shape_advantages(torch.rand(2, 3), 0.0, "all"), "scale", "'all'", "'group' or 'batch'"),
     (lambda: chunk_means(x, torch.arange(3), 2, 1), "values", "3 rows", "multiple of 2"),

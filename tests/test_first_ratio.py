@@ -50,7 +50,7 @@ class Points(Task):
 
 
 STILL = TrainSettings(iterations=1, groups=3, updates=3, lr=1e-30)  # no weight moves
-SHORT = {"flow": dict(steps=5, trained_steps=3), "dance": dict(steps=6, trained_steps=3)}
+SHORT = {"flow": dict(steps=5, trained_steps=3), **dict.fromkeys(("dance", "branch"), dict(steps=6, trained_steps=3))}
 NEIGHBOR, FLOW, DANCE = (make(name, group_size=4, **SHORT.get(name, {})) for name in ("neighbor", "flow", "dance"))
 FIRST = replace(NEIGHBOR, train_where="first")
 HELD = dict(hold_weight=0.1)

@@ -92,7 +92,7 @@ def test_a_run_of_one_and_two_steps_moves_the_weights(name):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_one_step_is_trained_or_refused_by_the_name_of_the_steps(name):
-    kind, last = ALGORITHMS[name], ("flow", "dance", "mix-flash-star", "tempflow", "dppo", "op", "tmpo")
+    kind, last = ALGORITHMS[name], ("flow", "dance", "mix-flash-star", "tempflow", "branch", "dppo", "op", "tmpo")
     if name not in last:
         assert kind(steps=1, trained_steps=1).steps == 1
         return

@@ -14,7 +14,8 @@ from ..neighbor import NeighborGRPO
 from .forward import VGRPO, DiffusionNFT
 from .gaussian import DanceGRPO, FlowDPPO, FlowGRPO
 from .matching import AWM, DGPO, RAM
-from .mixed import MixGRPO, MixGRPOFlash, MixGRPOFlashStar, TempFlowGRPO
+from .mixed import (BranchGRPO, MixGRPO, MixGRPOFlash, MixGRPOFlashStar,
+                                        TempFlowGRPO)
 from .modifiers import (BatchAdvantages, ChunkedRatios, GuardedRatios,
                                             KeptGraphs, MaskedRatios, Modifier, Previews,
                                             ShapedAdvantages, TimeWeights, base)
@@ -27,7 +28,7 @@ ALGORITHMS: dict[str, type] = {
     "neighbor": NeighborGRPO,
     "flow": FlowGRPO, "dance": DanceGRPO,
     "mix": MixGRPO, "mix-flash": MixGRPOFlash, "mix-flash-star": MixGRPOFlashStar,
-    "tempflow": TempFlowGRPO,
+    "tempflow": TempFlowGRPO, "branch": BranchGRPO,
     "dppo": FlowDPPO,
     "op": OPGRPO,
     "nft": DiffusionNFT, "vgrpo": VGRPO,

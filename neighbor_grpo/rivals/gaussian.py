@@ -54,6 +54,8 @@ class SDEGRPO(StepAlgorithm):
     advantage_clip: float = 5.0
     "Standardized advantages are clipped to plus and minus this."
 
+    shares_steps = False  # whether several candidates go one trained step together
+
     def __post_init__(self):
         check_types(self)
         least, most = self.trainable

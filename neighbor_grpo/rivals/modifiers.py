@@ -218,6 +218,10 @@ class ChunkedRatios(Modifier):
 
     def __post_init__(self):
         super().__post_init__()
+        own = base(self)
+        apart = not (isinstance(own, SDEGRPO) and own.shares_steps)
+        allowed = "around candidates with steps of their own"
+        require(apart, type(self).__name__, f"around {type(own).__name__}", allowed)
         require(self.chunk >= 0 and self.trained_steps % (self.chunk or 1) == 0, "chunk",
                 self.chunk, f"0, or a divisor of {self.trained_steps}, the trained steps")
 
