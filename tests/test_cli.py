@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -250,9 +251,11 @@ def test_interrupted_by_hand(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("neighbor_grpo.runs.trainer.Trainer.run", interrupt)
-    assert main([*TOY.split(), "--out", str(tmp_path / "run")]) == 130
+    assert main([*TOY.split(), "--out", str(tmp_path / "my run")]) == 130
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "--resume" in error and str(tmp_path / "run") in error
+    assert len(error.splitlines()) == 1
+    again = shlex.split(error.partition("go on with: ")[2])
+    assert again == ["neighbor-grpo", "train", "--out", str(tmp_path / "my run"), "--resume"]
 
 
 def test_a_failing_reward_ends_in_one_line(tmp_path, monkeypatch, capsys):

@@ -238,3 +238,16 @@ def test_the_emulation_sees_float64():
         torch.ones(2).as_subclass(OnMPS).double()
     assert torch.ones(2).as_subclass(OnMPS).cpu().double().dtype == torch.float64
     assert NeighborGRPO(leap_from="rollout").method == "dpm++2m"
+
+
+def test_the_blocks_of_every_family_may_be_named(monkeypatch):
+    "As diffusers names them, which is what `accelerate config` offers."
+    from neighbor_grpo.lab.cost import MODELS
+
+    networks = {model.network for model in MODELS.values()}
+    blocks = {name for network in networks for name in network._no_split_modules if name.endswith("TransformerBlock")}
+    assert len(blocks) > 8
+    for good, value in FINE.items():
+        monkeypatch.setenv(good, value)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted(blocks)))
+    check_environment()

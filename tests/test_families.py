@@ -17,6 +17,7 @@ from neighbor_grpo.models import pipeline as pipelines
 from neighbor_grpo.models.pipeline import ADAPTER, Family, count_cut, encode_prompts, open_pipeline, save_policy
 from neighbor_grpo.runs.folder import read_rows
 from neighbor_grpo.runs.machine import quiet
+from neighbor_grpo.runs.pictures import View
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import FAMILIES, ImagesSettings, ImagesTask, collect, family_of, write_encoded
 
@@ -250,3 +251,19 @@ def test_a_run_of_images_is_trained_resumed_evaluated_sampled_and_saved(name, tm
     noise = case.noise(pipeline, case.sizes[0])
     base, trained = (case.draw(each, noise, case.guided, case.sizes[0], 4) for each in (pipeline, plain))
     assert 0 < (trained - base).abs().max() < 0.1
+
+
+def test_images_of_other_steps_have_the_times_of_those(monkeypatch):
+    "The shift of FLUX.2 knows the steps; an evaluation has its own number, `sample --steps` another."
+    asked = []
+    velocity = lambda x, t, cond: asked.append(t[0].item()) or x
+    task = ImagesTask.__new__(ImagesTask)
+    more = dict(prompts=1, held=1, shape=(1, 2, 2), device="cpu", texts=["", ""], shift=5.0)
+    vars(task).update(more, settings=ImagesSettings(source="miniature", eval_steps=5))
+    monkeypatch.setattr(ImagesTask, "shift_at", lambda self, steps: float(steps))
+    monkeypatch.setattr(ImagesTask, "conditions", lambda self, prompts: {})
+    monkeypatch.setattr(ImagesTask, "decode", lambda self, latents: latents)
+    for view, steps in ((View(), 5), (View(steps=3), 3)):
+        asked.clear()
+        task.solved(velocity, [0], view)
+        assert asked == time_grid(steps, float(steps)).tolist()[:-1]

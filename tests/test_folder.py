@@ -26,6 +26,7 @@ from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.runs.folder import (
     Checkpoints,
     append_row,
+    check_config,
     hold_folder,
     load_or_train,
     load_tensors,
@@ -698,3 +699,10 @@ def test_tensors_come_back_as_copies(tmp_path):
     run_folder.save_tensors(tmp_path / "t.safetensors", tensors)
     loaded = load_tensors(tmp_path / "t.safetensors")
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], v) for k, v in tensors.items())
+
+
+@pytest.mark.parametrize("name, value", [("eval_method", "dpm++2m"), ("optimizer", "adamw"), ("quantize", "none")])
+def test_a_run_from_before_a_setting_goes_on_as_it_did(name, value):
+    check_config(dict(task=dict(lr=1)), dict(task={"lr": 1, name: value}))
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be {value!r}, as in the run")):
+        check_config(dict(task=dict(lr=1)), dict(task={"lr": 1, name: "another"}))
