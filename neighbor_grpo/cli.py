@@ -112,8 +112,8 @@ FEWER = dict(steps=6, anchors=2, trained_steps=2)  # a sample costs 7, the paper
 FOUND: dict[tuple[str, str], dict] = {  # over these, without `--preset paper`
     ("digits", "neighbor"): FEWER | dict(iterations=30, lr=6e-4, kl_weight=0.025),
     **{(task, "neighbor"): FEWER for task in ("sd3", "flux", "images")},
-    ("scenes", "neighbor"): dict(iterations=160, lr_decay=160, sigma=0.15, steps=6, anchors=2,
-                                 train_where="first", trained_steps=3, hold_weight=0.03)}
+    ("scenes", "neighbor"): dict(FEWER, iterations=150, lr=3.7e-4, lr_decay=150, sigma=0.15,
+                                 train_where="first", trained_steps=4, hold_weight=0.1)}
 
 def class_at(
     place: type | str,  # itself, or MODULE.NAME in this package
@@ -411,11 +411,11 @@ def read_recipe(
     return values
 
 # %% ../nbs/launch.ipynb #e3aba0a2
-COMMON = {"algorithm", "with", "out", "recipe", "preset", "resume", "quiet", "trackers",
+COMMON = {"algorithm", "with", "out", "recipe", "preset", "resume", "trackers",
           "iterations", "groups", "lr", "seed", "kl_weight", "micro_batch",
-          "group_size", "steps", "sigma", "noise_level", "anchors", "target", "reward",
-          "rewarded", "source", "prompts", "rewards", "height", "width", "lora_rank",
-          "guidance_scale"}
+          "group_size", "steps", "sigma", "noise_level", "anchors", "trained_steps",
+          "target", "reward", "rewarded", "source", "prompts", "rewards",
+          "height", "width", "lora_rank", "guidance_scale"}
 
 def listed(
     title: str,

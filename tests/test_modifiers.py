@@ -26,6 +26,7 @@ from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import MODIFIERS, make, modified, modifiers_of
 from neighbor_grpo.rivals.forward import ForwardProcess
 from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
+from neighbor_grpo.rivals.mixed import BranchGRPO
 from neighbor_grpo.rivals.modifiers import (
     ChunkedRatios,
     GuardedRatios,
@@ -71,8 +72,8 @@ def neutral(algorithm):
     if isinstance(algorithm, FDFO):  # whose rewards nothing standardizes
         return Replay(Plain(algorithm), replay=0)
     around = ShapedAdvantages(Plain(algorithm), 0.0, "group")
-    if base(algorithm) is not algorithm:  # OP-GRPO, which has chunks and replay already
-        return around
+    if base(algorithm) is not algorithm or isinstance(algorithm, BranchGRPO):
+        return around  # OP-GRPO has chunks and replay already, a tree takes neither
     stepwise = isinstance(algorithm, (NeighborGRPO, SDEGRPO)) and algorithm.has_ratio
     return Replay(ChunkedRatios(around, 1) if stepwise else around, replay=0)
 
