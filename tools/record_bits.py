@@ -236,6 +236,11 @@ MEANT = [
         "a state counts once, also in a micro-batch shorter than the others",
     ),
     (
+        r"toy fdfo --updates 2 --with gdpo$",
+        r"rewards, metrics, weights differ",
+        "each reward is standardized, as around the others",
+    ),
+    (
         r"(digits|toy) tmpo",
         r".*metrics.* differ, by up to inf: entropy",
         "an algorithm without a ratio reports no entropy",
