@@ -520,7 +520,9 @@ def read_command(
     known = read_early(argv)
     base, source = read_recipe(known.recipe), f"--recipe {known.recipe}"
     if known.resume:
-        base = flat_config(read_config(known.out, "--out"), "--out", known.out)
+        kept = "none beside --resume: a run keeps its settings"
+        require(known.preset is None, "--preset", known.preset, kept)
+        base = flat_config(read_config(known.out, "--out"), "--out", known.out) | base
         source = f"--out {known.out}"
     task = task or base.get("task", "digits")
     require(task in TASKS, "task", task, f"one of {', '.join(TASKS)}")

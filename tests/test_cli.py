@@ -16,7 +16,7 @@ from contextlib import suppress
 import pytest
 import torch
 
-from neighbor_grpo.cli import TASKS, brought_along, defaults_of, main, settings_of
+from neighbor_grpo.cli import TASKS, brought_along, defaults_of, main, read_command, settings_of
 from neighbor_grpo.rivals.catalogue import ALGORITHMS, BROUGHT_ALONG, own_fields
 from neighbor_grpo.runs.folder import Checkpoints, read_rows
 
@@ -117,6 +117,18 @@ def test_a_taken_folder_is_refused_and_left_alone(run_folder, capsys):
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and all(part in error for part in ("lr", "0.5", "0.001"))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_recipe_or_preset_beside_resume_is_not_ignored(run_folder, tmp_path, capsys):
+    folder, other = run_folder[0], tmp_path / "other.yaml"
+    resume = ["train", "--out", str(folder), "--resume", "--quiet"]
+    other.write_text("{task: toy, lr: 0.5}")
+    for more, parts in (["--recipe", str(other)], ["lr", "0.5", "0.001"]), (["--preset", "paper"], ["--preset"]):
+        assert main([*resume, *more]) != 0
+        error = capsys.readouterr().err
+        assert all(part in error for part in parts)
+    own = folder / "config.json"
+    assert read_command([*resume[1:], "--recipe", str(own)])[:2] == read_command(resume[1:])[:2]
 
 
 @pytest.mark.parametrize("algorithm", ["flow", "dance"])

@@ -74,10 +74,6 @@ class ForwardProcess(Algorithm):
         check_settings(self, 1, 1000)
         require(0 <= self.least_time < 1, "least_time", self.least_time, "in [0, 1)")
         require(self.time_power >= 0, "time_power", self.time_power, ">= 0")
-        clip = vars(self).get("clip_range", 0.5)  # of those that have one
-        require(0 < clip < 1, "clip_range", clip, "in (0, 1)")
-        for name in vars(self).keys() & {"advantage_clip", "soft_clip", "multiplier"}:
-            require(vars(self)[name] > 0, name, vars(self)[name], "> 0")
 
     def starts(self, noise: Tensor, count: int, generator: Generators = None) -> Tensor:
         "`(P, *shape) -> (P, count, *shape)`: independent noises."
@@ -145,6 +141,7 @@ class DiffusionNFT(ForwardProcess):
     def __post_init__(self):
         super().__post_init__()
         require(self.beta > 0, "beta", self.beta, "> 0")
+        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "> 0")
 
     # mixtures of old and new velocity are regressed; no ratio tells a change of the policy
     # from rounding
@@ -178,6 +175,11 @@ class VGRPO(ForwardProcess):
     paper; otherwise each has its own."""
     soft_clip: float = 3.0
     "eta of the soft clip `eta tanh(A / eta)` of advantages, > 0."
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
+        require(self.soft_clip > 0, "soft_clip", self.soft_clip, "> 0")
 
     @property
     def together(self) -> int:

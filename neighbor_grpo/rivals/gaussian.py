@@ -117,10 +117,15 @@ class SDEGRPO(StepAlgorithm):
     def loss(self, velocity: Velocity, rollout: Rollout, states: States, advantages: Tensor,
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         "The clipped ratio of each step's density, with the candidate's own advantage."
-        log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
-        v_old = states.select(rollout.v)
-        old = log_prob.detach() if on_policy else self.log_prob(rollout, states, v_old)
+        log_prob, old = self.log_probs(velocity, rollout, states, on_policy)
         return -surrogate(log_prob, old, states.of_candidates(advantages), self.clip_range)
+
+    def log_probs(self, velocity: Velocity, rollout: Rollout, states: States,
+                  on_policy: bool) -> tuple[Tensor, Tensor]:
+        "Those of the policy that learns and, without gradient, of the one that collected."
+        log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
+        if on_policy: return log_prob, log_prob.detach()
+        return log_prob, self.log_prob(rollout, states, states.select(rollout.v))
 
     def gaussian(self, rollout: Rollout, states: States, v: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and standard deviation of the trained steps along `v`."

@@ -78,6 +78,8 @@ class AWM(ForwardProcess):
         super().__post_init__()
         require(0 < self.error_power <= 1, "error_power", self.error_power, "in (0, 1]")
         require(self.weight_power >= 0, "weight_power", self.weight_power, ">= 0")
+        require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
+        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "> 0")
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:
@@ -126,6 +128,8 @@ class DGPO(ForwardProcess):
     def __post_init__(self):
         super().__post_init__()
         require(self.beta > 0, "beta", self.beta, "> 0")
+        require(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
+        require(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "> 0")
 
     @property
     def together(self) -> int:
@@ -169,6 +173,10 @@ class RAM(ForwardProcess):
     # a target is regressed; no ratio tells a change of the policy from rounding
     has_ratio = False
     frozen_reference = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.multiplier > 0, "multiplier", self.multiplier, "> 0")
 
     def advantages(self, rewards: Tensor, weights: Sequence[float] | None = None,
                    standardize: Standardize = group_advantages) -> Tensor:

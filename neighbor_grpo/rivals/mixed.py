@@ -227,9 +227,7 @@ class TempFlowGRPO(SDEGRPO):
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         """Each branch with its own advantage, so divided that a group counts as much as G
         states would on average."""
-        log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
-        v_old = states.select(rollout.v)
-        old = log_prob.detach() if on_policy else self.log_prob(rollout, states, v_old)
+        log_prob, old = self.log_probs(velocity, rollout, states, on_policy)
         std, weight = self.response(rollout.ts)[1], 1.0
         noise = states.select_step(std / std.mean(0))
         if self.weigh_noise: weight = per_state(noise, log_prob)
@@ -373,9 +371,7 @@ class BranchGRPO(SDEGRPO):
              on_policy: bool = False, surrogate: Surrogate = surrogate) -> Tensor:
         """The clipped ratio of the step to every child, with the child's advantage, so divided
         that the sum over nodes becomes a mean over steps, as the authors'."""
-        log_prob = self.log_prob(rollout, states, velocity(*states.inputs(rollout)))
-        v_old = states.select(rollout.v)
-        old = log_prob.detach() if on_policy else self.log_prob(rollout, states, v_old)
+        log_prob, old = self.log_probs(velocity, rollout, states, on_policy)
         leaf, copies = self.children(states)
         gains = self.fused(advantages)[states.step[:, None], states.prompt[:, None], leaf]
         parents, edges = (sum(self.nodes[k + n] for k in self.depths) for n in (0, 1))
