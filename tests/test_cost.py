@@ -112,6 +112,12 @@ def test_estimate_adds_up():
     assert found["memory"] == pytest.approx(10 + 4 * 1 + 4 * 2 * 0.5)
 
 
+@pytest.mark.parametrize("model", ["flux2-klein-4b", "qwen-image", "sana-1.6b", "wan-1.3b"])
+def test_a_decoder_of_another_kind_is_not_timed(model):
+    with pytest.raises(ValueError, match="decode_batch must be 0 for"):
+        RandomTask(model, 64, 64, decode_batch=4)
+
+
 def test_phases_of_an_iteration(monkeypatch):
     "On a clock that moves only while the transformer works, nothing happens outside of it."
     task = RandomTask("tiny", 64, 64, PipelineSettings(lora_rank=2))

@@ -273,6 +273,8 @@ class RandomTask(CostTask):
         require(model in MODELS, "model", model, f"one of {', '.join(MODELS)}")
         check_size(height, width, max(16, MODELS[model].scale))
         chosen, self.device = MODELS[model], torch.device(device)
+        known = decode_batch == 0 or chosen.family in (SD3, FLUX, ZIMAGE)
+        require(known, "decode_batch", decode_batch, f"0 for {model}, whose decoder is another")
         self.decode_batch, self.judge = decode_batch, judge
         torch.manual_seed(0)
         self.shape = chosen.shape(height, width)

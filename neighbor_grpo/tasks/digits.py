@@ -130,7 +130,7 @@ def frechet_distance(
 ) -> float:  # >= 0, in squared feature units; nan for too few
     "Squared Fréchet distance of Gaussians fitted to two feature sets (arXiv 1706.08500)."
     if min(len(a), len(b)) <= a.shape[1]: return float("nan")
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()  # MPS has no float64
     cov_a, cov_b = a.T.cov(), b.T.cov()
     cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
     shift = (a.mean(0) - b.mean(0)).square().sum()
