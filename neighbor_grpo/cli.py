@@ -461,7 +461,7 @@ def train_parser(
     add("--out", metavar="DIR", help="Run folder; without it a new one in runs/.")
     add("--recipe", metavar="NAME", help="One of those below, a YAML file, or a run's config.json.")
     add("--preset", choices=["found", "paper"], default="found",
-        help="Where settings begin: what was found better here, or an algorithm's paper.")
+        help="Where settings begin: what was found better on small tasks, or an algorithm's paper.")
     add("--resume", action="store_true", help="Continue the run in --out, with its settings.")
     add("--quiet", action="store_true", help="Show no progress bars, only the figures at the end.")
     add("--trackers", default="", help="tensorboard, wandb or trackio, or several with commas.")
@@ -640,7 +640,8 @@ def launched(
         yield None, untracked
         return
     distributed = importlib.import_module("neighbor_grpo.runs.processes")
-    accelerator = distributed.make_accelerator(out, values.trackers)
+    cpu = values.get("device", "cpu") == "cpu"  # small tasks have no device, and stay there
+    accelerator = distributed.make_accelerator(out, values.trackers, cpu)
     def tracked(trainer):
         tracking = importlib.import_module("neighbor_grpo.runs.tracking")
         return tracking.Tracking(accelerator, trainer)
@@ -876,9 +877,10 @@ def sample(
     v = parser.parse_args(list(argv))
     require(v.out is not None or len(v.dir) == 1, "--out", v.out, "given where runs are several")
     picture = v.out is None or Path(v.out).suffix.lower() in (".png", ".jpg", ".jpeg")
-    prompts, count = asked_prompts(v), 4 if v.count is None else v.count
+    prompts = asked_prompts(v)
+    count = (4 if prompts else 8) if v.count is None else v.count
     require(count >= 1, "--count", count, "an integer >= 1")
-    view = read_look(v, "count", count * (len(prompts) or 2))
+    view = read_look(v, "count", count * (len(prompts) or 1))
     plain = not prompts and v.count is None and v.steps is None and not v.seed
     if plain and picture: return print(draw_runs(v.dir, v.out))
     looking = importlib.import_module("neighbor_grpo.lab.looking")
@@ -1149,7 +1151,8 @@ def config_line(
     require(values["task"] == task, "--configs", own, f"of the task {task}")
     algorithm, around = values["algorithm"], values["with"]
     words = [algorithm, "--with", *around]
-    for key in sorted(values.keys() - {"task", "algorithm", "with", "seed", "iterations"}):
+    left_out = {"task", "algorithm", "with", "seed", "iterations", "stop_when_worse"}
+    for key in sorted(values.keys() - left_out):
         value = values[key]
         several = value if isinstance(value, list) else [value]
         texts = [each if isinstance(each, str) else json.dumps(each) for each in several]
@@ -1225,16 +1228,18 @@ def search(
     from dataclasses import replace
 
     from neighbor_grpo.lab.compare import AXES
-    from neighbor_grpo.lab.search import Search, run_search, space_for
+    from neighbor_grpo.lab.search import Search, claim, run_search, space_for
     study, v = read_study(argv, search)
     out, searches = Path(v.out), []
+    another = (out / "config.json").exists()
+    require(not another, "--out", v.out, "a new folder, or that of a search")
     own = ("figure", "trials", "apart", "patience", "sampler_seed")
     for side, line in zip(study.variants, v.variants):
         words = shlex.split(v.common) + shlex.split(split_name(line)[1])
         said = {w.partition("=")[0][2:].replace("-", "_") for w in words if w[:2] == "--"}
         space, asked = space_for(side, v.space, said), {name: v[name] for name in own}
         searches.append(Search(replace(study, variants=(side,)), space, **asked))
-    out.mkdir(parents=True, exist_ok=True)
+    for each in searches: claim(each, out / each.variant.name)
     kept = ("task", "variants", "common", "seeds", *AXES, "target", "space", "bounds", *own)
     write_atomically(out / "study.json", json.dumps({name: v[name] for name in kept}, indent=1))
     line = f"neighbor-grpo search --out {shlex.quote(str(out))}{plugin_options()}"

@@ -87,7 +87,8 @@ class NeighborGRPO(StepAlgorithm):
                    standardize: Standardize = group_advantages) -> Tensor:
         "`(P, G[, R]) -> (P, G)`: standardized, over the quasi-norm; faint for flat groups."
         standard = combine_rewards(rewards, weights, standardize)
-        size = standard.square().mean(1, keepdim=True).sqrt()  # 1 unless rewards are flat
+        # 1 unless rewards are flat; of several rewards, less where they disagree (ours)
+        size = standard.square().mean(1, keepdim=True).sqrt()
         return quasi_norm(standard, self.p) * size
 
     def choose(self, rollout: Rollout, generator: Generators = None) -> States:

@@ -303,7 +303,7 @@ class Algorithm:
         allowed = f"of shape (P, G) = {groups}"
         require(found == groups, "advantages", f"shape {found}", allowed)
         chosen = self.choose(rollout, generator)
-        advantages = advantages.to(rollout.x.device)
+        advantages = advantages.to(rollout.x)
         for states in chosen.split(micro_batch):
             loss = self.loss(velocity, rollout, states, advantages, on_policy, surrogate)
             yield loss / len(chosen)

@@ -430,7 +430,7 @@ def iterate(run: Run) -> dict:  # a row of metrics
     fresh = score(task, rollout.samples, prompts)
     old, rewards, news = algorithm.recall(rollout, fresh, prompts, run.memory, generators)
     updates, stats = plan(run, old, generators), SurrogateStats()
-    advantages = run.credit(rewards).to(rollout.x.device)
+    advantages = run.credit(rewards).to(rollout.x)
     norms = [learn(run, update, advantages, stats) for update in updates]
 
     run.memory = algorithm.remember(run.memory, run.gather(news), run.iteration)

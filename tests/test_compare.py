@@ -254,6 +254,12 @@ def test_a_study_may_grow_but_not_change(tmp_path):
         compare.claim(study, run)
 
 
+def test_a_run_that_might_end_early_is_not_compared():
+    "It would never reach its budget, and the comparison never end."
+    with pytest.raises(ValueError, match="stop_when_worse must be 0"):
+        replace(SMALL, settings=replace(SMALL.settings, stop_when_worse=2))
+
+
 def test_two_at_once_are_refused(tmp_path):
     study = Study((SMALL,), tiny_task, (0,), dict(iterations=10))
     compare.claim(study, tmp_path)

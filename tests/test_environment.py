@@ -143,6 +143,17 @@ def test_use_cpu_is_honored(monkeypatch):
     assert choose_device() == torch.device("cpu")
 
 
+@pytest.mark.parametrize("line, cpu", [("toy", True), ("sd3 --device cpu", True), ("sd3", False)])
+def test_a_launched_task_without_a_device_stays_on_the_cpu(line, cpu, monkeypatch, tmp_path):
+    "Beside a GPU, accelerate would take NCCL, which cannot add up gradients that are on the CPU."
+    asked = []
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    monkeypatch.setattr(distributed, "make_accelerator", lambda out, trackers, cpu: asked.append(cpu))
+    monkeypatch.setattr(distributed, "splitter", lambda accelerator: None)
+    with cli.launched(tmp_path, cli.read_command(line.split())[2]):
+        assert asked == [cpu]
+
+
 # --- what is left over ---
 
 

@@ -23,7 +23,7 @@ from torch.distributions import Normal
 from neighbor_grpo.flow import randn, seeded, time_grid
 from neighbor_grpo.grpo import SurrogateStats
 from neighbor_grpo.neighbor import NeighborGRPO
-from neighbor_grpo.rivals.catalogue import MODIFIERS, make, modified, modifiers_of
+from neighbor_grpo.rivals.catalogue import ALGORITHMS, MODIFIERS, make, modified, modifiers_of
 from neighbor_grpo.rivals.forward import ForwardProcess
 from neighbor_grpo.rivals.gaussian import SDEGRPO, DanceGRPO, FlowGRPO
 from neighbor_grpo.rivals.mixed import BranchGRPO
@@ -466,3 +466,16 @@ def test_metrics_count_the_scouts():
     algorithm = Previews(NeighborGRPO(group_size=4, steps=3, anchors=2, trained_steps=2), 8)
     rows = Trainer(TinyTask(), algorithm, SETTINGS).run(progress=False).rows
     assert [row["nfe_old"] for row in rows] == [3 + 8 * 2 / 4] * 2
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_shift_that_is_the_tasks_suits_every_modifier(name):
+    "It is None until a task is known."
+    for modifier in MODIFIERS:
+        more = dict(chunk=0) if modifier == "chunks" else {}
+        plain, open_shift = make(name), make(name, shift=None)
+        try:
+            modified(plain, modifier, **more)
+        except ValueError:
+            continue
+        assert modified(open_shift, modifier, **more).shift is None

@@ -547,6 +547,45 @@ def test_tokenizer_comes_from_the_hub_where_the_folder_has_none(folders, tmp_pat
     assert torch.equal(found, kind(folders / folder)(*FEW))
 
 
+@pytest.mark.parametrize("kind, folder", [(PickScore, "pick"), (HPSv21, "hps"), (CLIPScore, "clip")])
+def test_a_tokenizer_without_files_is_refused(folders, tmp_path, monkeypatch, kind, folder):
+    "Where none is found, transformers makes one that knows two tokens: every prompt would be the same."
+    for file in (folders / folder).iterdir():
+        if "tokenizer" not in file.name:
+            (tmp_path / file.name).symlink_to(file)
+    empty, asked = transformers.CLIPTokenizer(), []
+    assert len(empty) == 2
+
+    def from_pretrained(source, local_files_only):
+        asked.append((source, local_files_only))
+        return empty
+
+    monkeypatch.setattr(transformers.CLIPTokenizer, "from_pretrained", from_pretrained)
+    with pytest.raises(ValueError, match="a CLIP tokenizer.*2 of .* tokens"):
+        kind(tmp_path)
+    assert asked == [(kind.TOKENIZER, offline) for offline in (True, False)]
+
+
+@pytest.mark.parametrize("named, wanted", [(None, ["their/clip"]), ("some/clip", ["some/clip", "their/clip"])])
+def test_a_name_on_the_hub_is_asked_for_its_tokenizer_but_not_that_of_the_authors(folders, monkeypatch, named, wanted):
+    "The authors' repositories hold weights alone."
+    asked = []
+
+    def from_pretrained(source, local_files_only):
+        asked.append(source)
+        if source != "their/clip":
+            raise OSError("no such file")
+        return tokenizer()
+
+    model = PickScore(folders / "pick").model
+    monkeypatch.setattr(PickScore, "HUB", "their/judge")
+    monkeypatch.setattr(PickScore, "TOKENIZER", "their/clip")
+    monkeypatch.setattr(PickScore, "load", lambda self, source, offline: model)
+    monkeypatch.setattr(transformers.CLIPTokenizer, "from_pretrained", from_pretrained)
+    PickScore(named)
+    assert [*dict.fromkeys(asked)] == wanted
+
+
 def test_files_can_be_named_themselves(folders, judges, monkeypatch):
     assert torch.equal(HPSv21(folders / "hps" / HPSv21.FILE)(*FEW), judges["hps"](*FEW))
     head = folders / "clip" / Aesthetic.HEAD

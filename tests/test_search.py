@@ -33,6 +33,7 @@ from neighbor_grpo.lab.search import (
 from neighbor_grpo.neighbor import NeighborGRPO
 from neighbor_grpo.rivals.catalogue import ALGORITHMS, make
 from neighbor_grpo.rivals.gaussian import FlowGRPO
+from neighbor_grpo.runs.folder import write_config
 from neighbor_grpo.tasks.toy2d import ToySettings, ToyTask
 from neighbor_grpo.training import TrainSettings
 
@@ -164,6 +165,20 @@ LINE += " --pretrain_steps 200"
 def search(out, **options):
     line = [sys.executable, "-m", "neighbor_grpo.cli", *LINE.split()[:-2], "--common", " ".join(LINE.split()[-2:])]
     return subprocess.Popen([*line, "--out", str(out)], stdout=subprocess.DEVNULL, **options)
+
+
+def test_a_refused_search_leaves_the_folder_as_it_was(tmp_path, monkeypatch, capsys):
+    def pretend(each, out, *rest):
+        (out / "table.md").write_text("")
+
+    monkeypatch.setattr("neighbor_grpo.lab.search.run_search", pretend)
+    line = ["search", "toy", "--variants", "neighbor", "--seeds", "0", "--evaluations", "1e4", "--out", str(tmp_path)]
+    assert main(line) == 0
+    before = (tmp_path / "study.json").read_bytes()
+    assert main([*line, "--target", "0.5"]) == 1 and "target must be 0.9" in capsys.readouterr().err
+    write_config(tmp_path, dict(variants={}))  # as that of a comparison
+    assert main(line) == 1 and "--out" in capsys.readouterr().err
+    assert (tmp_path / "study.json").read_bytes() == before
 
 
 def trials(out):

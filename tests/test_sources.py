@@ -5,6 +5,7 @@ import shutil
 import sys
 import tracemalloc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_flux, tiny_sd3
+from tiny import tiny_flux, tiny_sana, tiny_sd3, tiny_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
@@ -21,7 +22,9 @@ from neighbor_grpo.cli import main
 from neighbor_grpo.models import pipeline as pipelines
 from neighbor_grpo.models.flux import FLUX
 from neighbor_grpo.models.pipeline import count_cut, encode_prompts, open_pipeline, save_policy
+from neighbor_grpo.models.sana import SANA
 from neighbor_grpo.models.sd3 import SD3
+from neighbor_grpo.models.wan import WAN
 from neighbor_grpo.runs.machine import quiet
 from neighbor_grpo.tasks import images
 from neighbor_grpo.tasks.images import ImagesSettings, ImagesTask, encode_and_drop, open_encoded
@@ -121,6 +124,18 @@ def test_sd3_without_t5_is_encoded_as_diffusers_does_it(saved, tmp_path):
     assert (with_file["embeds"][:1] - told["embeds"]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("make, family", [(tiny_sd3, SD3), (tiny_sana, SANA), (tiny_wan, WAN)])
+def test_a_tokenizer_without_files_is_refused(make, family, tmp_path):
+    "transformers would make an almost empty one."
+    with quiet():
+        make().save_pretrained(tmp_path)
+    for file in (tmp_path / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    with pytest.raises(ValueError, match="source must be a folder with a"):
+        open_pipeline(family, tmp_path)
+
+
 def test_sd3_without_t5_trains_saves_and_opens(saved, tmp_path, capfd):
     source = without_t5(saved, tmp_path)
     capfd.readouterr()
@@ -142,6 +157,45 @@ def test_sd3_without_t5_trains_saves_and_opens(saved, tmp_path, capfd):
     assert main(command) == 0
     assert capfd.readouterr().err == f"{source} has no T5 encoder: CLIP alone reads the prompts\n"
     assert open_pipeline(SD3, tmp_path / "run" / "trained").text_encoder_3 is None
+
+
+def test_prompts_are_looked_at_where_there_is_no_t5(saved, tmp_path):
+    settings = ImagesSettings(
+        source=str(without_t5(saved, tmp_path)),
+        height=16,
+        width=16,
+        max_sequence_length=12,
+        device="cpu",
+        precision="float32",
+        eval_images=2,
+        eval_steps=2,
+        rewards="compressibility",
+    )
+    task = ImagesTask(settings, progress=False)
+    task.ask({"a cat": {}})
+    assert task.look(task.policy).prompts == ["a cat", "a cat"]
+
+
+def test_what_the_encoders_of_another_pipeline_said_is_not_kept(saved, tmp_path):
+    "inputs.json knows which pipeline it was; who goes on with another one deletes it, as the message says."
+    settings = ImagesSettings(
+        source=str(saved / "sd3"),
+        height=16,
+        width=16,
+        max_sequence_length=12,
+        device="cpu",
+        precision="float32",
+        rewards="compressibility",
+    )
+    first = ImagesTask(settings, tmp_path / "run", progress=False).cond["embeds"]
+    with quiet():
+        tiny_sd3(seed=1).save_pretrained(tmp_path / "other")
+    other = replace(settings, source=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="delete inputs.json"):
+        ImagesTask(other, tmp_path / "run", progress=False)
+    (tmp_path / "run" / "inputs.json").unlink()
+    second = ImagesTask(other, tmp_path / "run", progress=False).cond["embeds"]
+    assert not torch.equal(first, second)
 
 
 # --- what is refused ---

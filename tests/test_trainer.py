@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -13,10 +14,19 @@ from helpers import TinyTask, assert_same_outcome, differences, outcome, weights
 
 from neighbor_grpo import training
 from neighbor_grpo.neighbor import NeighborGRPO
+from neighbor_grpo.rivals.catalogue import modified
 from neighbor_grpo.rivals.gaussian import DanceGRPO
 from neighbor_grpo.runs import folder as run_folder
 from neighbor_grpo.runs import trainer as trainer_module
-from neighbor_grpo.runs.folder import Checkpoints, append_row, load_or_train, read_config, read_rows, write_atomically
+from neighbor_grpo.runs.folder import (
+    Checkpoints,
+    append_row,
+    load_or_train,
+    read_config,
+    read_rows,
+    save_tensors,
+    write_atomically,
+)
 from neighbor_grpo.runs.pictures import plot_run
 from neighbor_grpo.runs.state import load_trained, trained_state
 from neighbor_grpo.runs.trainer import Trainer
@@ -325,6 +335,59 @@ def test_resume_needs_a_run(tmp_path):
     with pytest.raises(ValueError, match="out must be a run folder"):
         run(tmp_path / "nowhere", resume=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["guard", "lean", "gdpo"])
+def test_a_run_is_not_resumed_with_a_modifier_that_it_did_not_have(name, uninterrupted, tmp_path):
+    "These have no settings: all that tells them apart is their name."
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    with pytest.raises(ValueError, match=f"{name} must be None, as in the run"):
+        run(tmp_path / "run", algorithm=modified(ALGORITHM, name), resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+def test_a_trainer_does_not_go_on_from_the_midst_of_an_iteration(uninterrupted, tmp_path):
+    trainer, learned = Trainer(TinyTask(), ALGORITHM, SETTINGS, tmp_path / "run"), []
+    step = trainer.optimizer.step
+
+    def fail():
+        learned.append(step())
+        if len(learned) == 3:  # the first update of the second iteration
+            raise MemoryError
+
+    trainer.optimizer.step = fail
+    with pytest.raises(MemoryError):
+        trainer.run(progress=False)
+    with pytest.raises(ValueError, match="resume=True, got .*in the midst of iteration 2"):
+        trainer.run(progress=False)
+    run(tmp_path / "run", resume=True)
+    assert_same_outcome(tmp_path / "run", uninterrupted)
+
+
+def test_a_reason_to_stop_ends_one_call_of_run(tmp_path):
+    trainer = Trainer(TinyTask(), ALGORITHM, SETTINGS)
+    trainer.stop_reason = "a signal"
+    with pytest.raises(KeyboardInterrupt, match="a signal"):
+        trainer.run(progress=False)
+    assert trainer.run(progress=False).iteration == 6
+
+
+def test_figures_may_be_numbers_of_torch_and_numpy(tmp_path):
+    class Figures(TinyTask):
+        def evaluate(self, velocity):
+            return dict(reward=torch.tensor(0.5), spread=np.float32(0.25), none=torch.tensor(math.nan))
+
+    evals = run(tmp_path / "run", task=Figures(), iterations=1).evals
+    assert evals == [dict(iteration=i, reward=0.5, spread=0.25, none=None) for i in (0, 1)]
+
+
+def test_tied_weights_are_stored(tmp_path):
+    one, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    other.weight = one.weight
+    state = trained_state(torch.nn.Sequential(one, other))
+    save_tensors(tmp_path / "tied.safetensors", state)
+    stored = safetensors.torch.load_file(tmp_path / "tied.safetensors")
+    assert stored.keys() == state.keys() and all(torch.equal(stored[name], state[name]) for name in state)
 
 
 # --- what is not trained ---

@@ -1,5 +1,9 @@
-"""ImageReward behind an address: python serve_imagereward.py [CHECKPOINT], then --rewards remote@http://machine:8000"""
+"""ImageReward behind an address: python serve_imagereward.py [CHECKPOINT], then --rewards remote@http://machine:8000
 
+It answers this machine alone. `HOST=0.0.0.0` opens it to others, who need its `NEIGHBOR_GRPO_TOKEN` where it has one.
+"""
+
+import os
 import sys
 
 import ImageReward
@@ -13,4 +17,4 @@ def judge(pictures, prompts):
     return [model.score(prompt, picture) for picture, prompt in zip(pictures, prompts)]
 
 
-RewardServer(judge, host="0.0.0.0", port=8000, names=["ImageReward"]).serve_forever()
+RewardServer(judge, host=os.environ.get("HOST", "127.0.0.1"), port=8000, names=["ImageReward"]).serve_forever()

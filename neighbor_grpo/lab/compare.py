@@ -62,6 +62,10 @@ class Variant:
     settings: TrainSettings
     "Of the loop. Seed and iterations are the study's."
 
+    def __post_init__(self):
+        early = self.settings.stop_when_worse
+        require(early == 0, "stop_when_worse", early, "0: a comparison says how long a run is")
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -637,7 +641,8 @@ def curves(
             if study.bounds:
                 figures["held"] = int(not any(b.missing(e, evals[0]) for b in study.bounds))
             found.append(dict(variant=v.name, seed=seed, **at[e["iteration"]], **figures))
-    return found
+    order = {v.name: i for i, v in enumerate(study.variants)}  # the first is held against the rest
+    return sorted(found, key=lambda row: order[row["variant"]])
 
 # %% ../../nbs/lab/compare.ipynb #39edb36e
 def run_study(

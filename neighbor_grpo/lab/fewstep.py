@@ -119,6 +119,8 @@ def trained_velocity(
 ) -> PipelinePolicy:
     "The newest weights of a run: the average where it kept one."
     config, tensors = read_config(folder), Checkpoints(folder / "checkpoints").load()[0]
+    guidance = config["task"]["guidance_scale"]
+    require(guidance == 1, "guidance_scale", guidance, f"1 in {folder}: none is applied here")
     policy = PipelinePolicy(SD3, policy_of(config["task"]["source"] or MINIATURE)[0].transformer)
     load_trained(policy, tensors.get("ema", tensors["policy"]))
     return policy.eval().requires_grad_(False)

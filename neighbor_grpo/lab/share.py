@@ -21,7 +21,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ..flow import require
 from .compare import number
 from ..models.pipeline import located
-from ..runs.machine import is_path
+from ..runs.machine import is_path, say_asking
 from ..tables import markdown_table
 
 # %% ../../nbs/lab/share.ipynb #851595c8
@@ -54,6 +54,7 @@ def license_of(
     if not Path(place).is_dir():
         cached = try_to_load_from_cache(place, "README.md")
         if not isinstance(cached, str) and not constants.HF_HUB_OFFLINE:
+            say_asking(place)
             try: cached = HfApi().hf_hub_download(place, "README.md")
             except (OSError, HfHubHTTPError): cached = None
         card = Path(cached or os.devnull)

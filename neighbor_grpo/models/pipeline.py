@@ -41,7 +41,8 @@ from ..flow import Shift, require
 from ..rollouts import at_least, check_types, take
 from ..runs.folder import (
     checksum, make_folder, read_sealed, seal, world, write_atomically)
-from ..runs.machine import import_extra, is_path, quiet, say_asking
+from ..runs.machine import (check_tokenizer, import_extra, is_path, quiet,
+                                        say_asking)
 from ..runs.pictures import Visible
 
 # %% ../../nbs/models/pipeline.ipynb #5385ba25
@@ -209,11 +210,16 @@ def read_pipeline(
     variant = variant_in(Path(source), there - left_out.keys())
     try:
         with quiet() if offline else nullcontext():  # a download of gigabytes keeps its bar
-            return kind.from_pretrained(
+            pipeline = kind.from_pretrained(
                 source, dtype=dtype, local_files_only=offline, use_safetensors=True,
                 variant=variant, revision=revision, **left_out)
     except (LookupError, TypeError, ValueError) as e:
         raise OSError(f"{type(e).__name__}: {e}") from e
+    for name in (name for name in names if name.startswith("tokenizer")):
+        tokenizer = getattr(pipeline, name)
+        encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
+        if tokenizer and encoder: check_tokenizer(tokenizer, encoder)
+    return pipeline
 
 # %% ../../nbs/models/pipeline.ipynb #c21c715c
 def located(

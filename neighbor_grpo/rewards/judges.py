@@ -15,7 +15,8 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..flow import require
-from ..runs.machine import import_extra, is_path, quiet, say_asking
+from ..runs.machine import (check_tokenizer, import_extra, is_path, quiet,
+                                        say_asking)
 from .programs import (
     Compressibility, FunctionReward, Reward, as_reward, check_scores)
 from .ocr import OCR
@@ -118,15 +120,25 @@ def load_clip(
 
 def open_tokenizer(
     source: str,  # a folder or a file in it, or a name on the hub
-    hub: str,  # a name on the hub, in case the folder has none
+    hub: str,  # a name on the hub, in case there is none beside the model
+    model: "transformers.CLIPModel",  # that reads its tokens
 ) -> "transformers.CLIPTokenizer":
     "The tokenizer that lies beside a model, or else its authors'."
     folder = Path(source).parent if Path(source).is_file() else Path(source)
     beside = any((folder / file).exists() for file in ("tokenizer.json", "vocab.json"))
-    if folder.is_dir(): source = str(folder) if beside else hub
-    load = transformers.CLIPTokenizer.from_pretrained
-    return load_local_or_hub(lambda offline: load(source, local_files_only=offline),
-                             source, "a CLIP tokenizer", f"hf download {hub}")
+    places = [str(folder) if beside else hub] if folder.is_dir() else [source, hub]
+
+    def load(place: str, offline: bool) -> "transformers.CLIPTokenizer":
+        found = transformers.CLIPTokenizer.from_pretrained(place, local_files_only=offline)
+        check_tokenizer(found, model.text_model)
+        return found
+
+    get = f"hf download {hub} --include '*.json' '*.txt'"
+    read = lambda place: load_local_or_hub(partial(load, place), place, "a CLIP tokenizer", get)
+    *first, last = dict.fromkeys(places)
+    for place in first:
+        with suppress(ValueError): return read(place)
+    return read(last)
 
 # %% ../../nbs/rewards/judges.ipynb #c967546a
 class CLIPJudge(Reward):
@@ -152,7 +164,9 @@ class CLIPJudge(Reward):
         self.model = load_local_or_hub(lambda offline: self.load(source, offline), source,
                                        self.FILE or "a CLIP model",
                                        f"hf download {self.HUB} {self.FILE}".strip()).to(device)
-        self.tokenizer = open_tokenizer(source, self.TOKENIZER)
+        named = source == self.HUB and not Path(source).exists()  # on the hub, by the authors
+        own = self.TOKENIZER if named else source
+        self.tokenizer = open_tokenizer(own, self.TOKENIZER, self.model)
         if self.cleans: self.tokenizer.backend_tokenizer.normalizer = None  # `clean` does all of it
         self.size = self.model.config.vision_config.image_size
 

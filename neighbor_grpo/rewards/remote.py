@@ -555,7 +555,8 @@ class RemoteReward(Client):
 
     @classmethod
     def check_source(cls, source: str) -> None:
-        refuse_secrets(checked_url(source))
+        refuse_secrets(source)  # before a message repeats it
+        checked_url(source)
 
     @classmethod
     def short_name(cls, source: str) -> str:

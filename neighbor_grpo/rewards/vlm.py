@@ -53,7 +53,8 @@ class VLMSettings:
 
     def __post_init__(self):
         check_types(self)
-        refuse_secrets(checked_url(self.url))
+        refuse_secrets(str(self.url))  # before a message repeats it
+        checked_url(self.url)
         require(self.at_once >= 1, "at_once", self.at_once, "an integer >= 1")
         require(self.low < self.high, "low", self.low, f"below {self.high}, the high")
         for name in ("timeout", "patience"):

@@ -311,7 +311,8 @@ class Previews(Modifier):
         super().__post_init__()
         allowed = f"an integer >= {self.group_size}, the group size"
         require(self.scouts >= self.group_size, "scouts", self.scouts, allowed)
-        time_grid(self.scout_steps, self.shift, self.grid)  # raises on bad values
+        shift = 1.0 if self.shift is None else self.shift  # None: the task's, not known yet
+        time_grid(self.scout_steps, shift, self.grid)  # raises on bad values
         own = base(self)
         alike = isinstance(own, SDEGRPO) and own.shared_noise
         allowed = "around an algorithm whose candidates start apart"

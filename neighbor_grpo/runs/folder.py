@@ -21,11 +21,13 @@ import shutil
 import stat
 import warnings
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
@@ -112,7 +114,10 @@ def save_tensors(
     says."""
     path.unlink(missing_ok=True)
     with open(path, "xb") as f: rights = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    places = Counter(value.untyped_storage().data_ptr() for value in tensors.values())
+    tied = lambda value: places[value.untyped_storage().data_ptr()] > 1
+    save_file({name: (value.clone() if tied(value) else value).detach().cpu().contiguous()
+               for name, value in tensors.items()}, path)
     os.chmod(path, rights)
     with open(path, "r+b") as f: os.fsync(f.fileno())
 
@@ -177,8 +182,9 @@ def to_line(
     row: dict,  # figures by name
 ) -> str:
     "One row as a line of JSON; what is not finite becomes null."
+    plain = {k: float(v) if isinstance(v, (Tensor, np.number)) else v for k, v in row.items()}
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-              for k, v in row.items()}
+              for k, v in plain.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
@@ -521,7 +527,7 @@ def read_config(
 MAY_CHANGE = ("iterations", "keep", "versions", "source", "prompts", "held_out", "device",
               "min_memory", "offload", "plugins", "stop_when_worse", "stop_figure")
 # What runs did before there was a setting for it.
-EARLIER = dict(optimizer="adamw", quantize="none", eval_method="dpm++2m")
+EARLIER = dict(optimizer="adamw", quantize="none", eval_method="dpm++2m", modifiers={})
 
 def check_config(
     old: dict,  # of the run folder
@@ -533,7 +539,8 @@ def check_config(
         a, b = old.get(name, EARLIER.get(name)), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict): check_config(a, b, free)
         else:
-            newer = name not in old and not b  # than the run: unset, it changes nothing
+            # than the run: unset, it changes nothing; {} is a modifier without settings
+            newer = name not in old and not b and b != {}
             require(a == b or newer, name, b, f"{a!r}, as in the run that is resumed")
 
 

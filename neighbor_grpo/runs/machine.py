@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'FILES', 'quiet', 'switched_on', 'find_accelerator', 'check_memory', 'choose_device', 'is_path',
-           'import_extra', 'say_asking']
+           'import_extra', 'say_asking', 'check_tokenizer']
 
 # %% ../../nbs/runs/machine.ipynb #78520e0c
 import difflib
@@ -110,3 +110,14 @@ def import_extra(module: str, why: str, extra: str) -> Any:
 def say_asking(source: str) -> None:
     "A line on stderr before the network is used."
     print(f"{source} is not on this machine: asking the hub", file=sys.stderr, flush=True)
+
+
+def check_tokenizer(
+    tokenizer: Any,  # of transformers
+    encoder: Any,  # of transformers, the network that reads its tokens
+) -> None:
+    """An `OSError` for a tokenizer with less than half of the tokens: where the files are missing,
+    transformers makes an almost empty one, and says nothing."""
+    known, most = len(tokenizer), encoder.get_input_embeddings().num_embeddings
+    if 2 * known <= most:
+        raise OSError(f"a tokenizer has {known} of {most} tokens: its files are missing")

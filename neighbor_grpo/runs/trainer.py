@@ -132,8 +132,9 @@ class Trainer(Run):
     def step(self) -> dict:
         "One iteration; a run that was asked to stop ends after it."
         row = super().step()
-        if self.stop_reason is not None: raise KeyboardInterrupt(self.stop_reason)
-        return row
+        if self.stop_reason is None: return row
+        reason, self.stop_reason = self.stop_reason, None
+        raise KeyboardInterrupt(reason)
 
     def record(self, file: str, rows: list[dict], row: dict) -> None:
         "Remember a row, in memory and in the run folder."
@@ -145,6 +146,7 @@ class Trainer(Run):
         "Is the run over? A checkpoint, when it is due or the run is over."
         s, note = self.settings, self.out and self.out / ENDED
         self.over = why_over(self.evals, s.stop_when_worse, s.stop_figure)
+        if s.stop_when_worse: self.over = self.gather(self.over)[0]  # all processes end, or none
         if self.due(s.checkpoint_every) or self.over: self.save()
         if note and self.rank == 0:
             if self.over: write_atomically(note, self.over + "\n")
@@ -200,6 +202,8 @@ class Trainer(Run):
     def run(self, progress: bool = True,  # show a progress bar
             callback: Callable[[Run], None] | None = None) -> Run:  # called after each iteration
         "Train to the last iteration."
+        require(not self.moved, "run", f"weights in the midst of iteration {self.iteration + 1}",
+                "between iterations; make a new trainer with resume=True")
         with hold_folder(self.out):
             first_alone(self.check_untouched)
             try: return train(self.task, self.algorithm, self.settings, self, progress, callback)

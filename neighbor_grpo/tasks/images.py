@@ -425,6 +425,8 @@ class ImagesTask(PipelineTask):
         watched = reward_names(f"{s.rewards},{s.judges}")[len(judges):] if s.judges else []
         self.watched = dict(zip(watched, self.open_judges(s.judges)[0] if watched else []))
         self.texts, self.prompts, self.held = train + held, len(train), len(held)
+        if folder and not inputs.began and world()[0] == 0:  # they may be of another pipeline
+            (Path(folder) / "prompts.safetensors").unlink(missing_ok=True)
         self.pipeline, self.cond = open_encoded(
             s, self.family, self.texts, folder, self.device, progress, self.revision)
         inputs.keep(train, held, self.records, checksums)
@@ -564,6 +566,7 @@ class ImagesTask(PipelineTask):
         s, texts, dtype = self.settings, [*prompts], getattr(torch, self.settings.precision)
         pipeline = open_pipeline(self.family, s.source, dtype, revision=self.revision,
                                  networks=False)
+        pipeline.transformer = self.pipeline.transformer  # without T5, SD3 asks for its width
         told = encode_and_drop(self.family, pipeline, texts, s.max_sequence_length, self.device,
                                progress=False, negative=True)
         assert told is not None  # `collect` has it in memory
