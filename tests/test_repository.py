@@ -35,7 +35,7 @@ FORBIDDEN = (
 DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 DISTRIBUTIONS |= {"matplotlib_inline": "matplotlib-inline"}
 MAX_FUNCTION = 40  # lines of code in a function
-MAX_LIBRARY = 10_952  # lines of code of at most 92 columns, without docstrings and comments
+MAX_LIBRARY = 10_953  # lines of code of at most 92 columns, without docstrings and comments
 
 
 def run(*command, cwd=ROOT, **environment):
