@@ -114,10 +114,10 @@ def save_tensors(
     says."""
     path.unlink(missing_ok=True)
     with open(path, "xb") as f: rights = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
-    places = Counter(value.untyped_storage().data_ptr() for value in tensors.values())
-    tied = lambda value: places[value.untyped_storage().data_ptr()] > 1
-    save_file({name: (value.clone() if tied(value) else value).detach().cpu().contiguous()
-               for name, value in tensors.items()}, path)
+    place = lambda value: value.untyped_storage().data_ptr()
+    count = Counter(map(place, tensors.values()))  # above 1 where weights are tied
+    apart = {k: v.clone() if count[place(v)] > 1 else v for k, v in tensors.items()}
+    save_file({name: value.detach().cpu().contiguous() for name, value in apart.items()}, path)
     os.chmod(path, rights)
     with open(path, "r+b") as f: os.fsync(f.fileno())
 
